@@ -1,0 +1,11 @@
+//! vb-ublk: a block device whose data lives in an object store.
+//!
+//! The map of the house, from the outside in; knowledge flows downwards only:
+//! `cli → frontend → volume → wal, map, chunk, cache, manifest → disk, store → units, error, config`.
+//! `docs/ARCHITECTURE.md` follows a write through these rooms.
+
+pub mod checksum;
+pub mod codec;
+pub mod error;
+pub mod time;
+pub mod units;
