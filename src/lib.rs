@@ -6,6 +6,7 @@
 
 pub mod checksum;
 pub mod codec;
+pub mod disk;
 pub mod error;
 pub mod time;
 pub mod units;

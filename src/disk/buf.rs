@@ -1,0 +1,176 @@
+//! Buffers that a kernel may fill or drain while this process does other things.
+//!
+//! This is one of the marked files that may use `unsafe`.
+//!
+//! Invariants:
+//! - The memory behind an [`IoBuf`] is valid as long as any clone or slice of it lives: either it is
+//!   counted (`owner`), or the maker of the view promised it ([`IoBuf::from_raw`]).
+//! - Whoever submits an operation keeps a clone until the kernel has completed it.
+//! - Nobody looks at the bytes of a range that an operation in flight may write, or writes a range that
+//!   an operation in flight reads: a request owns its buffer from its arrival to its completion.
+
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Alignment of owned buffers: a page, enough for O_DIRECT on any device.
+pub const ALIGN: usize = 4096;
+
+struct Mem {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: `Mem` is a plain allocation without thread affinity.
+unsafe impl Send for Mem {}
+// SAFETY: shared access follows the module's third invariant.
+unsafe impl Sync for Mem {}
+
+impl Drop for Mem {
+    fn drop(&mut self) {
+        // SAFETY: `ptr` came from `alloc_zeroed` with this very layout and is freed once.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+    }
+}
+
+/// A view of memory for I/O: cheap to clone and to slice.
+#[derive(Clone)]
+pub struct IoBuf {
+    ptr: NonNull<u8>,
+    len: usize,
+    owner: Option<Arc<Mem>>,
+}
+
+// SAFETY: the view carries no thread affinity; the memory's lifetime is counted or promised.
+unsafe impl Send for IoBuf {}
+// SAFETY: shared access follows the module's third invariant.
+unsafe impl Sync for IoBuf {}
+
+impl IoBuf {
+    /// A zeroed, page-aligned buffer of `len` bytes (at least one).
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        let layout = Layout::from_size_align(len.max(1), ALIGN).expect("a buffer's size fits the address space");
+        // SAFETY: the layout's size is not zero.
+        let raw = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
+        Self { ptr, len, owner: Some(Arc::new(Mem { ptr, layout })) }
+    }
+
+    /// A view of memory that somebody else keeps alive.
+    ///
+    /// # Safety
+    /// `ptr .. ptr + len` stays valid for reads and writes until every clone and slice of the view is
+    /// gone, and nobody but the holders of the view touches it meanwhile.
+    #[must_use]
+    pub const unsafe fn from_raw(ptr: NonNull<u8>, len: usize) -> Self {
+        Self { ptr, len, owner: None }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether other clones or slices of a counted buffer are alive.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.owner.as_ref().is_some_and(|o| Arc::strong_count(o) > 1)
+    }
+
+    /// The address, for the kernel.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Whether address and length are multiples of `align`.
+    #[must_use]
+    pub fn is_aligned(&self, align: usize) -> bool {
+        (self.ptr.as_ptr() as usize).is_multiple_of(align) && self.len.is_multiple_of(align)
+    }
+
+    /// A part of the buffer.
+    ///
+    /// # Panics
+    /// When the range lies outside.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "slice {range:?} of a buffer of {} bytes", self.len);
+        // SAFETY: the offset lies inside the same allocation, as just checked.
+        let ptr = unsafe { self.ptr.add(range.start) };
+        Self { ptr, len: range.end - range.start, owner: self.owner.clone() }
+    }
+
+    /// The bytes. Not to be held over an operation that may write them (third invariant).
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: valid and initialised for `len` bytes (first invariant); no writer (third).
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// The bytes, to be changed.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: valid for `len` bytes (first invariant); the request that holds the view owns them (third).
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Copies `src` to `at`.
+    ///
+    /// # Panics
+    /// When it does not fit.
+    pub fn copy_in(&self, at: usize, src: &[u8]) {
+        assert!(at.checked_add(src.len()).is_some_and(|end| end <= self.len), "copy past the end of a buffer");
+        // SAFETY: the range lies inside (just checked); a `&[u8]` of ours does not overlap a range that its
+        // holder changes (third invariant).
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), self.ptr.as_ptr().add(at), src.len()) }
+    }
+
+    /// Zeroes a range.
+    ///
+    /// # Panics
+    /// When it lies outside.
+    pub fn zero(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len, "zeroing past the end of a buffer");
+        // SAFETY: the range lies inside, as just checked.
+        unsafe { std::ptr::write_bytes(self.ptr.as_ptr().add(range.start), 0, range.end - range.start) }
+    }
+}
+
+impl std::fmt::Debug for IoBuf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoBuf({:p}, {} bytes)", self.ptr, self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_keep_the_memory_alive() {
+        let s = {
+            let b = IoBuf::zeroed(8192);
+            assert!(b.is_aligned(4096));
+            b.copy_in(4096, &[7; 512]);
+            b.slice(4096..4608)
+        };
+        assert_eq!(s.bytes(), [7; 512]);
+    }
+
+    #[test]
+    #[should_panic(expected = "slice")]
+    fn a_slice_outside_is_refused() {
+        let _ = IoBuf::zeroed(512).slice(0..513);
+    }
+}
