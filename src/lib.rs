@@ -8,5 +8,6 @@ pub mod checksum;
 pub mod codec;
 pub mod disk;
 pub mod error;
+pub mod store;
 pub mod time;
 pub mod units;

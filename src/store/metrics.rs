@@ -1,0 +1,161 @@
+//! Counts what goes through a store.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{ObjectMeta, Op, Precondition, Store, Version};
+use crate::error::Result;
+
+/// The counters of one kind of call since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OpCounts {
+    /// Calls that have returned.
+    pub requests: u64,
+    /// Those of them that failed, conflicts included.
+    pub errors: u64,
+    /// Bytes of object data received.
+    pub bytes_in: u64,
+    /// Bytes of object data sent by calls that succeeded.
+    pub bytes_out: u64,
+}
+
+/// All counters at one moment. Each is exact; together they may be a few calls apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Whole objects read.
+    pub get: OpCounts,
+    /// Ranges read.
+    pub get_range: OpCounts,
+    /// Objects written.
+    pub put: OpCounts,
+    /// Conditional writes.
+    pub put_if: OpCounts,
+    /// Listings.
+    pub list: OpCounts,
+    /// Deletions.
+    pub delete: OpCounts,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    requests: AtomicU64,
+    errors: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+}
+
+impl Counters {
+    fn read(&self) -> OpCounts {
+        // Plain counters: nothing is concluded from one about another.
+        OpCounts {
+            requests: self.requests.load(Ordering::Relaxed),
+            errors: self.errors.load(Ordering::Relaxed),
+            bytes_in: self.bytes_in.load(Ordering::Relaxed),
+            bytes_out: self.bytes_out.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// A store that counts; see the module's page.
+#[derive(Debug)]
+pub struct Metrics {
+    inner: Arc<dyn Store>,
+    counters: [Counters; Op::ALL.len()],
+}
+
+impl Metrics {
+    /// Wraps `inner`.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Store>) -> Self {
+        Self { inner, counters: Default::default() }
+    }
+
+    /// The counters now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let [get, get_range, put, put_if, list, delete] = Op::ALL.map(|op| self.counters[op as usize].read());
+        Snapshot { get, get_range, put, put_if, list, delete }
+    }
+
+    fn count<T>(&self, op: Op, result: Result<T>, received: impl FnOnce(&T) -> usize, sent: usize) -> Result<T> {
+        let c = &self.counters[op as usize];
+        c.requests.fetch_add(1, Ordering::Relaxed);
+        match &result {
+            Ok(value) => {
+                c.bytes_in.fetch_add(received(value) as u64, Ordering::Relaxed);
+                c.bytes_out.fetch_add(sent as u64, Ordering::Relaxed);
+            }
+            Err(_) => {
+                c.errors.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+}
+
+#[async_trait]
+impl Store for Metrics {
+    async fn get(&self, key: &str) -> Result<(Bytes, Version)> {
+        self.count(Op::Get, self.inner.get(key).await, |(body, _)| body.len(), 0)
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.count(Op::GetRange, self.inner.get_range(key, range).await, Bytes::len, 0)
+    }
+
+    async fn put(&self, key: &str, body: Bytes) -> Result<()> {
+        let sent = body.len();
+        self.count(Op::Put, self.inner.put(key, body).await, |()| 0, sent)
+    }
+
+    async fn put_if(&self, key: &str, body: Bytes, condition: Precondition) -> Result<Version> {
+        let sent = body.len();
+        self.count(Op::PutIf, self.inner.put_if(key, body, condition).await, |_| 0, sent)
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectMeta>> {
+        self.count(Op::List, self.inner.list(prefix, start_after).await, |_| 0, 0)
+    }
+
+    async fn delete(&self, key: &str) -> Result<()> {
+        self.count(Op::Delete, self.inner.delete(key).await, |()| 0, 0)
+    }
+
+    fn url(&self) -> String {
+        self.inner.url()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+
+    #[tokio::test]
+    async fn every_kind_has_its_own_counters() {
+        let s = Metrics::new(Arc::new(MemoryStore::new()));
+        s.put("a", Bytes::from_static(b"12345")).await.expect("put");
+        s.put_if("a", Bytes::from_static(b"1"), Precondition::Absent).await.expect_err("exists");
+        s.get("a").await.expect("get");
+        s.get_range("a", 1..3).await.expect("range");
+        s.list("", None).await.expect("list");
+        s.delete("a").await.expect("delete");
+        let one = OpCounts { requests: 1, ..OpCounts::default() };
+        let all = Snapshot {
+            get: OpCounts { bytes_in: 5, ..one },
+            get_range: OpCounts { bytes_in: 2, ..one },
+            put: OpCounts { bytes_out: 5, ..one },
+            put_if: OpCounts { errors: 1, ..one },
+            list: one,
+            delete: one,
+        };
+        assert_eq!(s.snapshot(), all);
+        let json = serde_json::to_value(all).expect("json");
+        assert_eq!(json["get_range"]["bytes_in"], 2);
+    }
+}
