@@ -11,3 +11,4 @@ pub mod error;
 pub mod store;
 pub mod time;
 pub mod units;
+pub mod wal;

@@ -1,0 +1,334 @@
+//! One lane's side of the log: gathers what the lane's tasks write, seals it as one record, acknowledges.
+//!
+//! Invariants:
+//! - Entries leave in the order in which they were pushed; one record is in flight at a time, and while it
+//!   is, the next one gathers.
+//! - A ticket is answered `Ok` only when the frontier has passed its record.
+//! - Once the log has failed, every ticket is answered with [`Failed`].
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use super::codec::{LogPos, MAX_HEADER_BYTES, RecordEntry, RecordKind, header_bytes, place_record, prepare_record};
+use super::log::{Failed, Log, Refused, Room, number_entries};
+use crate::checksum::block_crc;
+use crate::disk::{Disk, IoBuf};
+use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
+
+/// Most data buffers in a record (a vectored write takes 1000, and headers need some).
+const MAX_BUFFERS: usize = 990;
+/// Most data bytes in a record, unless a single entry has more.
+const MAX_BATCH_BYTES: usize = 2 << 20;
+
+#[derive(Default)]
+struct Batch {
+    entries: Vec<RecordEntry>,
+    crcs: Vec<u32>,
+    data: Vec<IoBuf>,
+    tickets: Vec<usize>,
+    /// Every entry asked for FUA.
+    all_fua: bool,
+}
+
+enum TicketState {
+    Free,
+    Waiting(Option<Waker>),
+    Done(Result<LogPos, Failed>),
+}
+
+#[derive(Default)]
+struct State {
+    batches: VecDeque<Batch>,
+    spare: Vec<Batch>,
+    /// Batches at the front that may leave.
+    sealed: usize,
+    tickets: Vec<TicketState>,
+    free_tickets: Vec<usize>,
+    passing: VecDeque<(LogPos, Vec<usize>)>,
+    spare_tickets: Vec<Vec<usize>>,
+    committer: Option<Waker>,
+    passer: Option<Waker>,
+    records: u64,
+    entries: u64,
+}
+
+/// See the module's page.
+pub struct Appender<D: Disk> {
+    log: Arc<Log>,
+    disk: D,
+    state: RefCell<State>,
+}
+
+/// Answers when the entry is in the log and everything before it too: the log's position after its record.
+pub struct Ticket<'a, D: Disk> {
+    appender: &'a Appender<D>,
+    id: usize,
+}
+
+impl<D: Disk> Future for Ticket<'_, D> {
+    type Output = Result<LogPos, Failed>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut s = self.appender.state.borrow_mut();
+        match &mut s.tickets[self.id] {
+            TicketState::Done(r) => Poll::Ready(*r),
+            TicketState::Waiting(w) => {
+                *w = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            TicketState::Free => Poll::Ready(Err(Failed)),
+        }
+    }
+}
+
+impl<D: Disk> Drop for Ticket<'_, D> {
+    fn drop(&mut self) {
+        let mut s = self.appender.state.borrow_mut();
+        // A ticket dropped early keeps its place until the record is through; the place is then lost to reuse,
+        // which happens only at shutdown.
+        if matches!(s.tickets[self.id], TicketState::Done(_)) {
+            s.tickets[self.id] = TicketState::Free;
+            s.free_tickets.push(self.id);
+        }
+    }
+}
+
+impl<D: Disk> Appender<D> {
+    /// An appender for one lane; `disk` is the lane's own descriptor of the log.
+    pub fn new(log: Arc<Log>, disk: D) -> Self {
+        Self { log, disk, state: RefCell::default() }
+    }
+
+    /// The lane's descriptor of the log.
+    pub const fn disk(&self) -> &D {
+        &self.disk
+    }
+
+    /// Records written and entries in them: how well batching works.
+    #[must_use]
+    pub fn counters(&self) -> (u64, u64) {
+        let s = self.state.borrow();
+        (s.records, s.entries)
+    }
+
+    /// Adds a write of `src` at `lba`. The bytes must not change until the ticket is answered.
+    pub fn push_data(&self, lba: Lba, src: &IoBuf, fua: bool) -> Ticket<'_, D> {
+        let entry = RecordEntry { lba, sectors: (src.len() / SECTOR) as u64, kind: RecordKind::Data };
+        let whole = lba.0.is_multiple_of(SECTORS_PER_BLOCK) && src.is_aligned(BLOCK);
+        let stored = if whole {
+            src.clone()
+        } else {
+            // Each sector at its place within its block, the rest of the block zero: O_DIRECT wants whole blocks.
+            let padded = IoBuf::zeroed(entry.stored_blocks() as usize * BLOCK);
+            padded.copy_in((lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR, src.bytes());
+            padded
+        };
+        self.push(entry, Some(stored), fua)
+    }
+
+    /// Adds a discard or zeroing.
+    pub fn push_hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool) -> Ticket<'_, D> {
+        self.push(RecordEntry { lba, sectors, kind }, None, fua)
+    }
+
+    fn push(&self, entry: RecordEntry, stored: Option<IoBuf>, fua: bool) -> Ticket<'_, D> {
+        let mut s = self.state.borrow_mut();
+        let s = &mut *s;
+        let id = s.free_tickets.pop().unwrap_or_else(|| {
+            s.tickets.push(TicketState::Free);
+            s.tickets.len() - 1
+        });
+        s.tickets[id] = TicketState::Waiting(None);
+        let bytes = stored.as_ref().map_or(0, IoBuf::len);
+        let roomy = s.batches.len() > s.sealed
+            && s.batches.back().is_some_and(|b| {
+                let (entries, blocks) = (b.entries.len() + 1, b.crcs.len() + bytes / BLOCK);
+                b.data.len() < MAX_BUFFERS
+                    // Discards have no data to bound a batch, and a larger header would not be read back.
+                    && header_bytes(entries, blocks) <= MAX_HEADER_BYTES
+                    && blocks * BLOCK <= MAX_BATCH_BYTES
+                    && header_bytes(entries, blocks) <= MAX_HEADER_BYTES
+                    && header_bytes(entries, blocks) + blocks * BLOCK <= self.log.geometry().max_record() as usize
+            });
+        if !roomy {
+            let fresh = s.spare.pop().unwrap_or_default();
+            s.batches.push_back(Batch { all_fua: true, ..fresh });
+        }
+        if let Some(b) = s.batches.back_mut() {
+            if let Some(buf) = stored {
+                let first = entry.lba.block().0;
+                for (i, block) in buf.bytes().chunks_exact(BLOCK).enumerate() {
+                    b.crcs.push(block_crc(BlockNo(first + i as u64), block));
+                }
+                b.data.push(buf);
+            }
+            b.entries.push(entry);
+            b.tickets.push(id);
+            b.all_fua &= fua;
+        }
+        Ticket { appender: self, id }
+    }
+
+    /// What has gathered may leave, if no record is in flight.
+    pub fn seal(&self) {
+        let mut s = self.state.borrow_mut();
+        if s.batches.is_empty() || s.sealed > 0 {
+            return;
+        }
+        if let Some(w) = s.committer.take() {
+            s.sealed = s.batches.len();
+            w.wake();
+        }
+    }
+
+    async fn next_batch(&self) -> Batch {
+        std::future::poll_fn(|cx| {
+            let mut s = self.state.borrow_mut();
+            if s.sealed > 0 {
+                s.sealed -= 1;
+                if let Some(b) = s.batches.pop_front() {
+                    return Poll::Ready(b);
+                }
+            }
+            s.committer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Writes batch after batch, for ever. One of the lane's tasks.
+    pub async fn committer(self: Rc<Self>) {
+        // The passer's waker goes with each reservation: it is what waits for the frontier.
+        let passer = std::future::poll_fn(|_| match &self.state.borrow().passer {
+            Some(w) => Poll::Ready(w.clone()),
+            None => Poll::Pending,
+        })
+        .await;
+        loop {
+            let mut batch = self.next_batch().await;
+            let header = IoBuf::zeroed(header_bytes(batch.entries.len(), batch.crcs.len()));
+            let written = self.write(&mut batch, header, &passer).await;
+            let mut s = self.state.borrow_mut();
+            match written {
+                Ok(end) => {
+                    s.records += 1;
+                    s.entries += batch.entries.len() as u64;
+                    let spare = s.spare_tickets.pop().unwrap_or_default();
+                    let tickets = std::mem::replace(&mut batch.tickets, spare);
+                    s.passing.push_back((end, tickets));
+                    passer.wake_by_ref();
+                }
+                Err(Failed) => s.answer(&std::mem::take(&mut batch.tickets), Err(Failed)),
+            }
+            batch.entries.clear();
+            batch.crcs.clear();
+            batch.data.clear();
+            s.spare.push(batch);
+        }
+    }
+
+    async fn write(&self, batch: &mut Batch, mut header: IoBuf, passer: &Waker) -> Result<LogPos, Failed> {
+        prepare_record(header.bytes_mut(), self.log.volume(), &batch.entries, &batch.crcs);
+        let record_bytes = (header.len() + batch.crcs.len() * BLOCK) as u32;
+        let room = loop {
+            match self.log.reserve(record_bytes, batch.entries.len() as u32, passer) {
+                Ok(room) => break room,
+                Err(Refused::Full) => self.log.room_freed().await,
+                Err(Refused::Failed) => return Err(Failed),
+            }
+        };
+        let header_blocks = (header.len() / BLOCK) as u32;
+        let dsync = batch.all_fua && room.clean && !batch.entries.is_empty();
+        let first_block = room.record_block + header_blocks;
+        for (i, crc) in batch.crcs.iter().enumerate() {
+            self.log.set_crc(first_block + i as u32, *crc);
+        }
+        write_record(&self.log, &self.disk, &room, header, std::mem::take(&mut batch.data), dsync).await?;
+        let entries = number_entries(&batch.entries, room.placement.first_seq, first_block).collect();
+        self.log.complete(&room, entries);
+        if dsync {
+            self.log.durable_to(room.end);
+        }
+        Ok(room.end)
+    }
+
+    /// Answers tickets as the frontier passes their records, for ever. One of the lane's tasks, to be
+    /// started before the committer.
+    pub async fn passer(self: Rc<Self>) {
+        std::future::poll_fn(|cx| {
+            self.state.borrow_mut().passer = Some(cx.waker().clone());
+            Poll::Ready(())
+        })
+        .await;
+        loop {
+            let end = std::future::poll_fn(|_| match self.state.borrow().passing.front() {
+                Some((end, _)) => Poll::Ready(*end),
+                None => Poll::Pending,
+            })
+            .await;
+            let result = self.log.passed(end).await.map(|()| end);
+            let mut s = self.state.borrow_mut();
+            if let Some((_, tickets)) = s.passing.pop_front() {
+                s.answer(&tickets, result);
+                let mut tickets = tickets;
+                tickets.clear();
+                s.spare_tickets.push(tickets);
+            }
+        }
+    }
+}
+
+impl State {
+    fn answer(&mut self, tickets: &[usize], result: Result<LogPos, Failed>) {
+        for &id in tickets {
+            if let TicketState::Waiting(Some(w)) = std::mem::replace(&mut self.tickets[id], TicketState::Done(result)) {
+                w.wake();
+            }
+        }
+    }
+}
+
+/// Places the prepared header in `room` and writes the record (with its segment's header, if it is the first).
+async fn write_record<D: Disk>(
+    log: &Log,
+    disk: &D,
+    room: &Room,
+    mut header: IoBuf,
+    data: Vec<IoBuf>,
+    dsync: bool,
+) -> Result<(), Failed> {
+    place_record(header.bytes_mut(), &room.placement);
+    let mut bufs = Vec::with_capacity(data.len() + 2);
+    if let Some(segment) = &room.segment {
+        let mut block = IoBuf::zeroed(BLOCK);
+        segment.encode_into(block.bytes_mut());
+        bufs.push(block);
+    }
+    bufs.push(header);
+    bufs.extend(data);
+    disk.writev_at(room.file_offset, bufs, dsync).await.map_err(|e| {
+        log.fail(format!("writing the log at byte {} failed: {e}", room.file_offset));
+        Failed
+    })
+}
+
+/// Appends a record without entries: it carries the durable mark.
+///
+/// # Errors
+/// When the log has failed. A full log is no error: nothing is written.
+pub async fn append_empty<D: Disk>(log: &Log, disk: &D) -> Result<(), Failed> {
+    let mut header = IoBuf::zeroed(header_bytes(0, 0));
+    prepare_record(header.bytes_mut(), log.volume(), &[], &[]);
+    let room = match log.reserve(header.len() as u32, 0, Waker::noop()) {
+        Ok(room) => room,
+        Err(Refused::Full) => return Ok(()),
+        Err(Refused::Failed) => return Err(Failed),
+    };
+    write_record(log, disk, &room, header, Vec::new(), false).await?;
+    log.complete(&room, Vec::new());
+    Ok(())
+}

@@ -1,0 +1,13 @@
+//! The write-ahead log: one file or device of fixed slots, written with O_DIRECT by all lanes.
+//!
+//! - [`codec`]: superblock, segment and record headers as bytes.
+//! - [`log`]: the state that lanes share: tail, frontier, durable mark, slots.
+//! - [`appender`]: one lane's side: gathers writes, seals batches, acknowledges.
+//! - [`replay`]: reads a log back.
+//! - [`create`](mod@create): makes a new log and grows it.
+
+pub mod appender;
+pub mod codec;
+pub mod create;
+pub mod log;
+pub mod replay;

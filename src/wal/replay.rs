@@ -1,0 +1,349 @@
+//! Reading a log back after any end: clean, `kill -9`, power cut, rot.
+//!
+//! What counts is the contiguous chain of valid records, from the oldest segment that is linked to the
+//! newest one. Below the newest surviving durable mark D nothing may be missing: a gap there is corruption.
+//! Above D a gap is a torn tail, and what follows it was never acknowledged. At or below D only headers are
+//! read (data is checked when it is read or packed); above D data decides too.
+//!
+//! A gap may swallow a segment's header, too, while a later segment's is there: that one *dangles*. It is left behind
+//! like any torn tail, unless a mark in it says that more was durable than the chain holds. This can be told exactly
+//! because a slot is reused only when the next segment's header is durable ([`super::log`]): whatever a mark names is
+//! in the chain, or packed, or damaged.
+
+use std::collections::HashMap;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use super::codec::{
+    LogPos, MAX_HEADER_BYTES, RecordHeader, SegmentHeader, Superblock, claimed_generation, decode_record, peek_record,
+};
+use super::log::{Geometry, Live, LogEntry, number_entries};
+use crate::checksum::block_crc;
+use crate::disk::{Disk, IoBuf};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::units::{BLOCK, Seq};
+
+const PARALLEL_SEGMENTS: usize = 16;
+const WINDOW: usize = 1 << 20;
+
+/// What a log holds.
+#[derive(Debug, Default)]
+pub struct Replay {
+    /// All entries of the chain above the packed mark, in order.
+    pub entries: Vec<LogEntry>,
+    /// Checksums of stored blocks: (block of the file, CRC).
+    pub crcs: Vec<(u32, u32)>,
+    /// The packed mark.
+    pub packed: Seq,
+    /// The number of the newest entry in the chain (or the packed mark, if that is higher).
+    pub last_seq: Seq,
+    /// Where the chain ends.
+    pub end: LogPos,
+    /// The newest durable mark found.
+    pub durable: LogPos,
+    /// Above every generation found.
+    pub next_generation: u32,
+    /// Slots that hold entries above the packed mark, oldest first.
+    pub live: Vec<Live>,
+    /// Slots that may be written.
+    pub free: Vec<u32>,
+    /// Slots on the disk.
+    pub slots_ready: u32,
+    /// Bytes of records found valid beyond the end of the chain: never acknowledged, left behind.
+    pub torn_bytes: u64,
+}
+
+struct Segment {
+    slot: u32,
+    header: SegmentHeader,
+    /// Where the next segment says this one ends; the slot's end for the newest.
+    limit: u32,
+    newest: bool,
+}
+
+struct Walked {
+    records: Vec<RecordHeader>,
+    /// Where the chain of records ends.
+    end: u32,
+    /// The newest durable mark in records past a gap.
+    durable_past_gap: LogPos,
+    valid_past_gap: u64,
+}
+
+fn corrupt(text: String) -> Error {
+    Error::new(ErrorKind::Corrupt, text)
+}
+
+/// Reads the log of `size` bytes on `disk`.
+///
+/// # Errors
+/// `Corrupt` when entries are missing below the durable or the packed mark; else the I/O error.
+pub async fn replay<D: Disk>(disk: &D, size: u64, sb: &Superblock) -> Result<Replay> {
+    let geometry = Geometry { segment_bytes: sb.segment_bytes, max_segments: sb.max_segments };
+    let slots_ready = (size.saturating_sub(geometry.slot_offset(0)) / u64::from(geometry.segment_bytes))
+        .min(u64::from(geometry.max_segments)) as u32;
+    let Headers { good: headers, damaged } = read_segment_headers(disk, sb, &geometry, slots_ready).await?;
+
+    let mut out = Replay {
+        packed: headers.values().map(|(_, h)| h.packed_through).fold(sb.packed_through, Seq::max),
+        next_generation: headers.keys().max().map_or(1, |g| g + 1),
+        slots_ready,
+        ..Replay::default()
+    };
+    let (chain, dangling) = link(&headers, &geometry, out.packed);
+    let head = chain.last().map_or(0, |s| s.header.generation);
+    if let Some((slot, generation)) = damaged.iter().find(|(_, g)| *g > head) {
+        return Err(corrupt(format!(
+            "the header of the log's segment of generation {generation} is damaged (byte {} of the file): entries after {} may have been in it. If the volume was detached cleanly, or these may be lost, move the log away and attach again",
+            geometry.slot_offset(*slot),
+            out.packed
+        )));
+    }
+    let walked = walk_all(disk, &geometry, &chain).await?;
+    let beyond = walk_all(disk, &geometry, &dangling).await?;
+    out.durable = walked.iter().chain(&beyond).map(Walked::durable).max().unwrap_or_default();
+    out.torn_bytes = beyond.iter().map(Walked::valid_bytes).sum();
+    assemble(disk, &geometry, &chain, &walked, &mut out).await?;
+    if out.durable > out.end {
+        // What is missing begins behind the chain; the oldest segment that dangles says where it ends.
+        let next = dangling.last().map_or(Seq(0), |s| s.header.first_seq);
+        return Err(corrupt(format!(
+            "the log ends with entry {} at {}, but a record says that everything up to {} was on stable storage: a segment's header is missing or damaged (the log goes on with entry {next})",
+            out.last_seq, out.end, out.durable
+        )));
+    }
+    let used: Vec<u32> = out.live.iter().map(|l| l.slot).collect();
+    out.free = (0..slots_ready).filter(|s| !used.contains(s)).collect();
+    Ok(out)
+}
+
+/// Whether a valid segment header is of this very log: not of one that was here before.
+fn is_of(h: &SegmentHeader, sb: &Superblock) -> bool {
+    let end = h.predecessor_end.offset();
+    h.volume == sb.volume && h.log_id == sb.log_id && end.is_multiple_of(BLOCK as u32) && end <= sb.segment_bytes
+}
+
+/// The first blocks of all slots.
+struct Headers {
+    /// Generation → slot, header.
+    good: HashMap<u32, (u32, SegmentHeader)>,
+    /// Slot and generation where a header was and its checksum fails.
+    damaged: Vec<(u32, u32)>,
+}
+
+async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geometry, slots: u32) -> Result<Headers> {
+    let found: Vec<(u32, IoBuf)> = stream::iter(0..slots)
+        .map(|slot| async move {
+            // With the block in which the first record begins.
+            let buf = IoBuf::zeroed(2 * BLOCK);
+            let at = geometry.slot_offset(slot);
+            disk.read_at(at, buf.clone()).await.context(|| format!("reading the log's segment header at byte {at}"))?;
+            Ok::<_, Error>((slot, buf))
+        })
+        .buffered(PARALLEL_SEGMENTS)
+        .try_collect()
+        .await?;
+    let mut out = Headers { good: HashMap::new(), damaged: Vec::new() };
+    for (slot, buf) in found {
+        let (block, record) = buf.bytes().split_at(BLOCK);
+        match SegmentHeader::decode(block) {
+            Ok(h) if is_of(&h, sb) => drop(out.good.insert(h.generation, (slot, h))),
+            // A slot never used, or left by another volume on a reused device, is simply free. If it should have been a
+            // link of the chain, the gap shows.
+            Ok(_) => {}
+            Err(_) => {
+                let claimed = claimed_generation(record, sb.volume).filter(|_| SegmentHeader::was_here(block));
+                out.damaged.extend(claimed.map(|g| (slot, g)));
+            }
+        }
+    }
+    Ok(out)
+}
+
+impl Walked {
+    fn durable(&self) -> LogPos {
+        self.records.iter().map(|r| r.placement.durable).fold(self.durable_past_gap, LogPos::max)
+    }
+
+    fn valid_bytes(&self) -> u64 {
+        self.valid_past_gap + self.records.iter().map(|r| u64::from(r.record_bytes)).sum::<u64>()
+    }
+}
+
+/// The segments that hang together, oldest first: each names its predecessor's end. The chain's head is the newest
+/// segment from which the first unpacked entry can be reached; what lies before that entry's segment is not needed,
+/// whatever state it is in. The second list is of newer segments, newest first, that no chain reaches.
+fn link(
+    headers: &HashMap<u32, (u32, SegmentHeader)>,
+    geometry: &Geometry,
+    packed: Seq,
+) -> (Vec<Segment>, Vec<Segment>) {
+    let mut heads: Vec<u32> = headers.keys().copied().collect();
+    heads.sort_unstable_by(|a, b| b.cmp(a));
+    let mut dangling = Vec::new();
+    for head in heads {
+        let mut chain: Vec<Segment> = Vec::new();
+        let mut next = Some(head);
+        let mut limit = geometry.segment_bytes;
+        while let Some((slot, header)) = next.and_then(|g| headers.get(&g)).copied() {
+            chain.push(Segment { slot, header, limit, newest: chain.is_empty() });
+            if header.first_seq <= packed.next() {
+                chain.reverse();
+                return (chain, dangling);
+            }
+            limit = header.predecessor_end.offset();
+            let before = header.predecessor_end.generation();
+            next = (before > 0 && before < header.generation).then_some(before);
+        }
+        dangling.extend(chain.into_iter().next());
+    }
+    (Vec::new(), dangling)
+}
+
+async fn walk_all<D: Disk>(disk: &D, geometry: &Geometry, segments: &[Segment]) -> Result<Vec<Walked>> {
+    stream::iter(segments).map(|s| walk(disk, geometry, s)).buffered(PARALLEL_SEGMENTS).try_collect().await
+}
+
+async fn read_header<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, offset: u32) -> Result<Option<RecordHeader>> {
+    let at = geometry.slot_offset(s.slot) + u64::from(offset);
+    let first = IoBuf::zeroed(BLOCK);
+    disk.read_at(at, first.clone()).await.context(|| format!("reading the log at byte {at}"))?;
+    let Ok(bytes) = peek_record(first.bytes()) else { return Ok(None) };
+    if offset as usize + bytes > s.limit as usize {
+        return Ok(None);
+    }
+    let whole = if bytes == BLOCK {
+        first
+    } else {
+        let buf = IoBuf::zeroed(bytes.min(MAX_HEADER_BYTES));
+        disk.read_at(at, buf.clone()).await.context(|| format!("reading the log at byte {at}"))?;
+        buf
+    };
+    Ok(decode_record(whole.bytes(), &s.header, offset).ok())
+}
+
+/// Follows the records of one segment, and looks past the first gap for later ones.
+async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Walked> {
+    let mut w = Walked { records: Vec::new(), end: BLOCK as u32, durable_past_gap: LogPos(0), valid_past_gap: 0 };
+    let mut previous = 0;
+    while w.end < s.limit {
+        let Some(r) = read_header(disk, geometry, s, w.end).await? else { break };
+        if r.placement.predecessor != previous || w.end + r.record_bytes > s.limit {
+            break;
+        }
+        previous = w.end;
+        w.end += r.record_bytes;
+        w.records.push(r);
+    }
+    let mut at = w.end;
+    while at < s.limit {
+        // Windows of 1 MiB; within each, every block may start a header.
+        let n = WINDOW.min((s.limit - at) as usize);
+        let buf = IoBuf::zeroed(n);
+        let file_at = geometry.slot_offset(s.slot) + u64::from(at);
+        disk.read_at(file_at, buf.clone()).await.context(|| format!("reading the log at byte {file_at}"))?;
+        for i in (0..n).step_by(BLOCK) {
+            if peek_record(&buf.bytes()[i..i + BLOCK]).is_ok()
+                && let Some(r) = read_header(disk, geometry, s, at + i as u32).await?
+            {
+                w.durable_past_gap = w.durable_past_gap.max(r.placement.durable);
+                w.valid_past_gap += u64::from(r.record_bytes);
+            }
+        }
+        at += n as u32;
+    }
+    Ok(w)
+}
+
+/// Joins the segments' chains in order, as far as they are whole.
+async fn assemble<D: Disk>(
+    disk: &D,
+    geometry: &Geometry,
+    chain: &[Segment],
+    walked: &[Walked],
+    out: &mut Replay,
+) -> Result<()> {
+    out.last_seq = out.packed;
+    if let Some(first) = chain.first() {
+        out.end = first.header.predecessor_end;
+    }
+    let mut next_seq: Option<Seq> = None;
+    let mut cut = false;
+    for (s, w) in chain.iter().zip(walked) {
+        if cut {
+            out.torn_bytes += w.valid_bytes();
+            continue;
+        }
+        let mut end = LogPos::new(s.header.generation, BLOCK as u32);
+        let mut last_seq = Seq(s.header.first_seq.0.saturating_sub(1));
+        // An attach may skip numbers: what it skips was in the store, and the segment says so.
+        if next_seq.is_some_and(|n| n != s.header.first_seq && s.header.packed_through.next() < s.header.first_seq) {
+            return Err(corrupt(format!(
+                "the log's segment of generation {} starts at entry {}, which does not follow the segment before it",
+                s.header.generation, s.header.first_seq
+            )));
+        }
+        let mut expected = s.header.first_seq;
+        for r in &w.records {
+            let record_end = LogPos::new(s.header.generation, r.placement.offset + r.record_bytes);
+            if r.placement.first_seq != expected {
+                return Err(corrupt(format!(
+                    "the log's record at {end} starts at entry {}, expected {expected}",
+                    r.placement.first_seq
+                )));
+            }
+            if record_end > out.durable && !data_is_whole(disk, geometry, s, r).await? {
+                cut = true;
+                out.torn_bytes += u64::from(r.record_bytes);
+                break;
+            }
+            let file_block =
+                ((geometry.slot_offset(s.slot) + u64::from(r.placement.offset + r.header_bytes)) / BLOCK as u64) as u32;
+            out.crcs.extend(r.crcs.iter().enumerate().map(|(i, c)| (file_block + i as u32, *c)));
+            out.entries
+                .extend(number_entries(&r.entries, r.placement.first_seq, file_block).filter(|e| e.seq > out.packed));
+            expected = Seq(expected.0 + r.entries.len() as u64);
+            last_seq = Seq(expected.0 - 1);
+            end = record_end;
+        }
+        if !cut && (w.end < s.limit) && !(s.newest && w.valid_past_gap == 0) {
+            cut = true;
+        }
+        if cut && out.durable > end {
+            return Err(corrupt(format!(
+                "the log is damaged at {end} (byte {} of the file): a later record says that everything up to {} was on stable storage",
+                geometry.slot_offset(s.slot) + u64::from(end.offset()),
+                out.durable
+            )));
+        }
+        if cut {
+            out.torn_bytes += w.valid_past_gap;
+        }
+        out.end = end;
+        out.last_seq = out.last_seq.max(last_seq);
+        next_seq = Some(last_seq.next());
+        if last_seq > out.packed {
+            out.live.push(Live { slot: s.slot, generation: s.header.generation, last_seq });
+        }
+    }
+    Ok(())
+}
+
+async fn data_is_whole<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, r: &RecordHeader) -> Result<bool> {
+    if r.crcs.is_empty() {
+        return Ok(true);
+    }
+    let at = geometry.slot_offset(s.slot) + u64::from(r.placement.offset + r.header_bytes);
+    let buf = IoBuf::zeroed(r.crcs.len() * BLOCK);
+    disk.read_at(at, buf.clone()).await.context(|| format!("reading the log at byte {at}"))?;
+    let mut blocks = buf.bytes().chunks_exact(BLOCK).zip(&r.crcs);
+    for e in &r.entries {
+        for i in 0..e.stored_blocks() {
+            let Some((data, crc)) = blocks.next() else { return Ok(false) };
+            if block_crc(crate::units::BlockNo(e.lba.block().0 + i), data) != *crc {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
