@@ -8,6 +8,7 @@ pub mod checksum;
 pub mod codec;
 pub mod disk;
 pub mod error;
+pub mod map;
 pub mod store;
 pub mod time;
 pub mod units;
