@@ -5,9 +5,11 @@
 //! `docs/ARCHITECTURE.md` follows a write through these rooms.
 
 pub mod checksum;
+pub mod chunk;
 pub mod codec;
 pub mod disk;
 pub mod error;
+pub mod manifest;
 pub mod map;
 pub mod store;
 pub mod time;

@@ -1,0 +1,11 @@
+//! Chunks: the objects of up to 4 MiB that hold the volume's data in the store.
+//!
+//! - [`header`]: the codec of a chunk's header.
+//! - [`plan`]: what a range of log entries comes to, cut into chunks.
+//! - [`pack`]: builds the chunks' bytes from the log.
+//! - [`reader`]: reads blocks out of chunks.
+
+pub mod header;
+pub mod pack;
+pub mod plan;
+pub mod reader;

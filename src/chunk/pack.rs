@@ -1,0 +1,402 @@
+//! Building the chunks of a group: data read from the log, checked, merged where a block is partial.
+//!
+//! Invariant: a chunk's bytes depend only on the entries of its group, on the pending groups before it and on the
+//! base below them; never on anything newer.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use uuid::Uuid;
+
+use super::header::{self, ChunkExtent, ChunkHeader, ExtentKind, HEADER_ROOM, MAX_BLOCKS, MAX_EXTENTS};
+use super::plan::{ChunkPlan, Item, MixedPart, covers_block, plan, split};
+use super::reader::ChunkReader;
+use crate::checksum::block_crc;
+use crate::disk::{Disk, IoBuf};
+use crate::error::{Error, ErrorKind, Result};
+use crate::map::{BaseState, GroupExtent, Location, Maps};
+use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Nonce, SECTOR, SECTORS_PER_BLOCK, Seq};
+use crate::wal::log::{Log, LogEntry};
+
+/// Reads of the log are joined over gaps of up to this many blocks…
+const JOIN_GAP: u32 = 4;
+/// …up to this many blocks.
+const JOIN_MAX: u32 = 256;
+const PARALLEL_LOG_READS: usize = 8;
+const PARALLEL_BASE_READS: usize = 16;
+/// Plans that leave room in the header for damaged blocks, which split extents and need masks.
+const ROOMY: (u16, usize) = (200, 200);
+
+/// What a group is, before its chunks are known.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupTicket {
+    /// The volume.
+    pub volume: Uuid,
+    /// The attachment that writes it.
+    pub epoch: Epoch,
+    /// Its nonce.
+    pub nonce: Nonce,
+    /// The group's number.
+    pub group: GroupNo,
+    /// The last entry before the group.
+    pub after: Seq,
+    /// The last entry in the group.
+    pub through: Seq,
+    /// The number of its first chunk.
+    pub first_chunk: ChunkNo,
+    /// Groups known to be whole in the store.
+    pub applied_through: GroupNo,
+}
+
+/// A chunk ready to go.
+#[derive(Debug, Clone)]
+pub struct BuiltChunk {
+    /// Its header.
+    pub header: Arc<ChunkHeader>,
+    /// Header and data.
+    pub body: Bytes,
+}
+
+impl BuiltChunk {
+    fn block(&self, block: BlockNo) -> Option<Base> {
+        let mut index = 0;
+        for e in &self.header.extents {
+            let at = block.0.wrapping_sub(e.block.0);
+            let inside = at < e.blocks;
+            match e.kind {
+                ExtentKind::Discard if inside => return Some(Base { data: None, mask: 0xff }),
+                ExtentKind::Data | ExtentKind::Damaged if inside => {
+                    let n = index + at as usize;
+                    let start = HEADER_ROOM + n * BLOCK;
+                    let mask = self.header.masks.iter().find(|m| usize::from(m.0) == n).map_or(0xff, |m| m.1);
+                    return Some(Base { data: Some(self.body.slice(start..start + BLOCK)), mask });
+                }
+                ExtentKind::Discard => {}
+                ExtentKind::Data | ExtentKind::Damaged => index += e.blocks as usize,
+            }
+        }
+        None
+    }
+}
+
+/// A block below a partial one: its data (absent: zeros) and the sectors of it that are good.
+struct Base {
+    data: Option<Bytes>,
+    mask: u8,
+}
+
+/// What packing needs to see.
+pub struct Sources<'a, D: Disk> {
+    /// The log's state.
+    pub log: &'a Log,
+    /// Its file.
+    pub disk: &'a D,
+    /// The base map.
+    pub maps: &'a Maps,
+    /// Chunks of the base.
+    pub reader: &'a ChunkReader,
+    /// Groups built and not yet applied, oldest first.
+    pub pending: Vec<Rc<Vec<BuiltChunk>>>,
+}
+
+/// Builds all chunks of a group.
+///
+/// # Errors
+/// The log's or the store's; nothing has happened then, and the same call may be made again. Damaged blocks are no
+/// error: they are packed as damaged.
+pub async fn build<D: Disk>(
+    src: &Sources<'_, D>,
+    ticket: &GroupTicket,
+    entries: &[LogEntry],
+) -> Result<Vec<BuiltChunk>> {
+    let items = plan(entries);
+    let dense = split(items.clone(), MAX_BLOCKS as u16, MAX_EXTENTS);
+    match fill(src, ticket, dense).await {
+        Err(e) if e.kind() == ErrorKind::Full => fill(src, ticket, split(items, ROOMY.0, ROOMY.1)).await,
+        r => r,
+    }
+}
+
+struct Draft {
+    body: BytesMut,
+    /// Per stored block: its volume block, checksum, and the sectors that are good.
+    blocks: Vec<(BlockNo, u32, u8)>,
+}
+
+#[derive(Clone, Copy)]
+struct Want {
+    file_block: u32,
+    blocks: u32,
+    chunk: usize,
+    index: u16,
+    block: BlockNo,
+    /// For a part of a block.
+    part: Option<(u8, u8)>,
+}
+
+async fn fill<D: Disk>(src: &Sources<'_, D>, ticket: &GroupTicket, plans: Vec<ChunkPlan>) -> Result<Vec<BuiltChunk>> {
+    let mut drafts: Vec<Draft> = Vec::with_capacity(plans.len());
+    let mut wants = Vec::new();
+    let mut partial: Vec<(usize, u16, BlockNo, Vec<MixedPart>)> = Vec::new();
+    for (c, p) in plans.iter().enumerate() {
+        let mut blocks = Vec::with_capacity(usize::from(p.blocks));
+        for (item, index) in &p.items {
+            let (block, n) = item.range();
+            match item {
+                Item::Hole { .. } => {}
+                Item::Run { file_block, blocks: count, .. } => {
+                    blocks.extend((0..n).map(|i| (BlockNo(block.0 + i), 0, 0xff)));
+                    wants.push(Want {
+                        file_block: *file_block,
+                        blocks: *count,
+                        chunk: c,
+                        index: *index,
+                        block,
+                        part: None,
+                    });
+                }
+                Item::Mixed { parts, .. } => {
+                    blocks.push((block, 0, 0xff));
+                    for p in parts {
+                        if let Some(file_block) = p.file_block {
+                            let part = Some((p.from, p.to));
+                            wants.push(Want { file_block, blocks: 1, chunk: c, index: *index, block, part });
+                        }
+                    }
+                    partial.push((c, *index, block, parts.clone()));
+                }
+            }
+        }
+        drafts.push(Draft { body: BytesMut::zeroed(HEADER_ROOM + usize::from(p.blocks) * BLOCK), blocks });
+    }
+    lay_bases(src, &mut drafts, &partial).await?;
+    lay_log(src, &mut drafts, wants).await?;
+    // A merged block is no longer what its writes were checked by; it is checked by what it is now.
+    for (c, index, block, _) in &partial {
+        let d = &mut drafts[*c];
+        let at = HEADER_ROOM + usize::from(*index) * BLOCK;
+        d.blocks[usize::from(*index)].1 = block_crc(*block, &d.body[at..at + BLOCK]);
+    }
+    let count = drafts.len() as u32;
+    plans
+        .iter()
+        .zip(drafts)
+        .enumerate()
+        .map(|(i, (plan, draft))| finish(ticket, i as u32, count, plan, draft))
+        .collect()
+}
+
+/// Puts what lies below partial blocks into the drafts; holes in them are zeroed.
+async fn lay_bases<D: Disk>(
+    src: &Sources<'_, D>,
+    drafts: &mut [Draft],
+    partial: &[(usize, u16, BlockNo, Vec<MixedPart>)],
+) -> Result<()> {
+    let bases: Vec<Option<Base>> = stream::iter(partial)
+        .map(|(_, _, block, parts)| async move {
+            if covers_block(parts) { Ok(None) } else { base_of(src, *block).await.map(Some) }
+        })
+        .buffered(PARALLEL_BASE_READS)
+        .try_collect()
+        .await?;
+    for ((c, index, _, parts), base) in partial.iter().zip(bases) {
+        let d = &mut drafts[*c];
+        let at = HEADER_ROOM + usize::from(*index) * BLOCK;
+        let room = &mut d.body[at..at + BLOCK];
+        if let Some(base) = base {
+            if let Some(data) = &base.data {
+                room.copy_from_slice(data);
+            }
+            d.blocks[usize::from(*index)].2 = base.mask;
+        }
+        for p in parts {
+            let range = usize::from(p.from) * SECTOR..usize::from(p.to) * SECTOR;
+            room[range].fill(0);
+            // Whatever was below, these sectors are new.
+            d.blocks[usize::from(*index)].2 |= sector_mask(p.from, p.to);
+        }
+    }
+    Ok(())
+}
+
+fn sector_mask(from: u8, to: u8) -> u8 {
+    (from..to).fold(0, |m, s| m | 1 << s)
+}
+
+async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> {
+    let newest = src.pending.iter().rev().flat_map(|g| g.iter()).find_map(|c| c.block(block));
+    if let Some(base) = newest {
+        return Ok(base);
+    }
+    let at = match src.maps.base_lookup(block) {
+        BaseState::Unmapped => return Ok(Base { data: None, mask: 0xff }),
+        BaseState::At(at) => at,
+    };
+    match src.reader.read(at, block, 1).await {
+        Ok(b) => {
+            let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
+            Ok(Base { data: Some(b.data), mask })
+        }
+        // Damage that was read twice. An object that is not there may be a store that is not: that is tried again.
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {
+            tracing::error!("block {block} cannot be read to merge a partial write: {e}; its other sectors are lost");
+            Ok(Base { data: None, mask: 0 })
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Reads what the drafts want from the log, in log order and in large pieces, checking each block.
+async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants: Vec<Want>) -> Result<()> {
+    wants.sort_unstable_by_key(|w| w.file_block);
+    let mut reads: Vec<(u32, u32, Vec<Want>)> = Vec::new();
+    for w in wants {
+        // A run longer than one read is cut; its tail keeps its place in the order.
+        let mut w = w;
+        loop {
+            let now = w.blocks.min(JOIN_MAX);
+            let piece = Want { blocks: now, ..w };
+            match reads.last_mut() {
+                Some((start, end, list))
+                    if piece.file_block <= *end + JOIN_GAP && piece.file_block + now - *start <= JOIN_MAX =>
+                {
+                    *end = (*end).max(piece.file_block + now);
+                    list.push(piece);
+                }
+                _ => reads.push((piece.file_block, piece.file_block + now, vec![piece])),
+            }
+            if now == w.blocks {
+                break;
+            }
+            w.file_block += now;
+            w.index += now as u16;
+            w.block.0 += u64::from(now);
+            w.blocks -= now;
+        }
+    }
+    let mut done = stream::iter(reads)
+        .map(|(start, end, list)| async move {
+            let buf = IoBuf::zeroed((end - start) as usize * BLOCK);
+            let at = u64::from(start) * BLOCK as u64;
+            src.disk
+                .read_at(at, buf.clone())
+                .await
+                .map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
+            Ok::<_, Error>((start, buf, list))
+        })
+        .buffer_unordered(PARALLEL_LOG_READS);
+    while let Some((start, buf, list)) = done.try_next().await? {
+        for w in list {
+            for i in 0..w.blocks {
+                let file_block = w.file_block + i;
+                let from = (file_block - start) as usize * BLOCK;
+                let data = &buf.bytes()[from..from + BLOCK];
+                let crc = src.log.crc(file_block);
+                place(&mut drafts[w.chunk], &w, i, data, crc);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
+    let index = usize::from(w.index) + i as usize;
+    let block = BlockNo(w.block.0 + u64::from(i));
+    let good = block_crc(block, data) == crc;
+    if !good {
+        tracing::error!(
+            "the log's copy of block {block} (byte {} of the log) fails its check: packed as damaged",
+            u64::from(w.file_block + i) * BLOCK as u64
+        );
+    }
+    let at = HEADER_ROOM + index * BLOCK;
+    let (from, to) = w.part.unwrap_or((0, SECTORS_PER_BLOCK as u8));
+    let range = usize::from(from) * SECTOR..usize::from(to) * SECTOR;
+    d.body[at..at + BLOCK][range.clone()].copy_from_slice(&data[range]);
+    let b = &mut d.blocks[index];
+    if w.part.is_none() {
+        b.1 = crc;
+    }
+    if !good {
+        b.2 &= !sector_mask(from, to);
+        if w.part.is_none() {
+            b.1 = block_crc(block, data);
+        }
+    }
+}
+
+fn finish(t: &GroupTicket, index: u32, count: u32, plan: &ChunkPlan, mut d: Draft) -> Result<BuiltChunk> {
+    let mut extents: Vec<ChunkExtent> = Vec::with_capacity(plan.items.len());
+    let mut push = |block: BlockNo, blocks: u64, kind: ExtentKind| {
+        if let Some(last) = extents.last_mut()
+            && last.kind == kind
+            && last.block.0 + last.blocks == block.0
+        {
+            last.blocks += blocks;
+            return;
+        }
+        extents.push(ChunkExtent { block, blocks, kind, birth: t.through });
+    };
+    for (item, at) in &plan.items {
+        let (block, n) = item.range();
+        if matches!(item, Item::Hole { .. }) {
+            push(block, n, ExtentKind::Discard);
+            continue;
+        }
+        for i in 0..n {
+            let good = d.blocks[usize::from(*at) + i as usize].2 == 0xff;
+            push(BlockNo(block.0 + i), 1, if good { ExtentKind::Data } else { ExtentKind::Damaged });
+        }
+    }
+    let masks: Vec<(u16, u8)> =
+        d.blocks.iter().enumerate().filter(|(_, b)| b.2 != 0xff).map(|(i, b)| (i as u16, b.2)).collect();
+    if !ChunkHeader::fits(extents.len(), d.blocks.len(), masks.len()) {
+        return Err(Error::new(ErrorKind::Full, "a chunk's header has no room for its damaged blocks"));
+    }
+    let header = ChunkHeader {
+        volume: t.volume,
+        chunk: ChunkNo(t.first_chunk.0 + u64::from(index)),
+        epoch: t.epoch,
+        nonce: t.nonce,
+        after: t.after,
+        through: t.through,
+        group: t.group,
+        index,
+        count,
+        applied_through: t.applied_through,
+        extents,
+        crcs: d.blocks.iter().map(|b| b.1).collect(),
+        masks,
+    };
+    let bytes = header.encode().map_err(Error::from)?;
+    d.body[..HEADER_ROOM].copy_from_slice(&bytes);
+    Ok(BuiltChunk { header: Arc::new(header), body: d.body.freeze() })
+}
+
+/// Where a chunk's extents go in the base map of a volume that knows it as `source`.
+#[must_use]
+pub fn map_extents(h: &ChunkHeader, source: u8) -> Vec<GroupExtent> {
+    let mut index = 0u16;
+    h.extents
+        .iter()
+        .map(|e| {
+            let to = match e.kind {
+                ExtentKind::Discard => None,
+                ExtentKind::Data => Some(Location::new(source, h.chunk, index)),
+                ExtentKind::Damaged => Some(Location::new(source, h.chunk, index).damaged()),
+            };
+            if e.kind != ExtentKind::Discard {
+                index += e.blocks as u16;
+            }
+            GroupExtent { block: e.block, blocks: e.blocks, to }
+        })
+        .collect()
+}
+
+/// The key of a chunk below the volume's prefix.
+#[must_use]
+pub fn key_of(prefix: &str, h: &ChunkHeader) -> String {
+    header::key(prefix, h.chunk, h.epoch, h.nonce)
+}

@@ -1,0 +1,210 @@
+//! Reading blocks out of chunks in the store, each checked against its checksum and address.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use bytes::Bytes;
+
+use super::header::{self, ChunkHeader, HEADER_ROOM};
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{self, EpochEntry};
+use crate::map::Location;
+use crate::store::Store;
+use crate::units::{BLOCK, BlockNo, ChunkNo, SECTORS_PER_BLOCK};
+
+/// Parsed headers kept in memory: at most about 30 KiB each.
+const HEADERS_KEPT: usize = 256;
+
+/// Where the chunks of the volume and of its ancestors are.
+#[derive(Debug, Default)]
+pub struct Keys {
+    sources: RwLock<Vec<Source>>,
+}
+
+#[derive(Debug, Clone)]
+struct Source {
+    prefix: String,
+    history: Vec<EpochEntry>,
+}
+
+impl Keys {
+    /// Sets what source 0, the volume itself, is.
+    pub fn set_own(&self, prefix: &str, history: &[EpochEntry]) {
+        let own = Source { prefix: prefix.to_owned(), history: history.to_vec() };
+        let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
+        if sources.is_empty() { sources.push(own) } else { sources[0] = own }
+    }
+
+    /// The key of a chunk.
+    ///
+    /// # Errors
+    /// `Corrupt` when the map names a chunk that nobody owns.
+    pub fn key(&self, source: u8, chunk: ChunkNo) -> Result<String> {
+        let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
+        sources
+            .get(usize::from(source))
+            .and_then(|s| manifest::owner(&s.history, chunk).map(|(e, n)| header::key(&s.prefix, chunk, e, n)))
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Corrupt,
+                    format!("the map names chunk {chunk} of source {source}, which no epoch owns"),
+                )
+            })
+    }
+}
+
+#[derive(Debug, Default)]
+struct Headers {
+    by_chunk: HashMap<(u8, ChunkNo), Arc<ChunkHeader>>,
+    order: VecDeque<(u8, ChunkNo)>,
+}
+
+/// Blocks as read.
+#[derive(Debug, Clone)]
+pub struct Blocks {
+    /// Their bytes, 4096 each.
+    pub data: Bytes,
+    /// Blocks that are not whole: (index in `data`, mask of the sectors that are good).
+    pub bad: Vec<(usize, u8)>,
+}
+
+/// See the module's page.
+#[derive(Debug, Clone)]
+pub struct ChunkReader {
+    store: Arc<dyn Store>,
+    keys: Arc<Keys>,
+    headers: Arc<Mutex<Headers>>,
+}
+
+impl ChunkReader {
+    /// A reader; clones share the headers.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, keys: Arc<Keys>) -> Self {
+        Self { store, keys, headers: Arc::default() }
+    }
+
+    /// The same headers and keys over another client of the same store.
+    #[must_use]
+    pub fn over(&self, store: Arc<dyn Store>) -> Self {
+        Self { store, ..self.clone() }
+    }
+
+    /// Who knows the keys.
+    #[must_use]
+    pub const fn keys(&self) -> &Arc<Keys> {
+        &self.keys
+    }
+
+    fn kept(&self, id: (u8, ChunkNo)) -> Option<Arc<ChunkHeader>> {
+        self.headers.lock().unwrap_or_else(PoisonError::into_inner).by_chunk.get(&id).cloned()
+    }
+
+    /// Keeps a header that is known already: of a chunk just packed.
+    pub fn keep(&self, source: u8, header: Arc<ChunkHeader>) {
+        let id = (source, header.chunk);
+        let mut h = self.headers.lock().unwrap_or_else(PoisonError::into_inner);
+        if h.by_chunk.insert(id, header).is_none() {
+            h.order.push_back(id);
+        }
+        while h.order.len() > HEADERS_KEPT {
+            if let Some(old) = h.order.pop_front() {
+                h.by_chunk.remove(&old);
+            }
+        }
+    }
+
+    /// A chunk's header, checked against its key.
+    ///
+    /// # Errors
+    /// `NotFound` when it is missing, `Corrupt` when it is damaged or another's; the store's.
+    pub async fn header(&self, source: u8, chunk: ChunkNo) -> Result<Arc<ChunkHeader>> {
+        if let Some(h) = self.kept((source, chunk)) {
+            return Ok(h);
+        }
+        let key = self.keys.key(source, chunk)?;
+        let h = Arc::new(fetch_header(&*self.store, &key).await?);
+        self.keep(source, h.clone());
+        Ok(h)
+    }
+
+    /// Reads `blocks` blocks that the map places at `at` and following; the first is the volume's block `first`.
+    /// Blocks that fail their check, or were stored damaged, are named in the result, not an error.
+    ///
+    /// # Errors
+    /// `NotFound` when the object is missing, `Corrupt` when it is cut or not this chunk; the store's.
+    pub async fn read(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Blocks> {
+        match self.read_once(at, first, blocks).await {
+            // A bit may have flipped on the way, or in the header that is kept here: only what reads badly twice is bad.
+            Ok(b) if b.bad.iter().any(|(_, good)| *good == 0) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {}
+            done => return done,
+        }
+        self.forget((at.source(), at.chunk()));
+        self.read_once(at, first, blocks).await
+    }
+
+    fn forget(&self, id: (u8, ChunkNo)) {
+        let mut h = self.headers.lock().unwrap_or_else(PoisonError::into_inner);
+        h.by_chunk.remove(&id);
+        h.order.retain(|o| *o != id);
+    }
+
+    async fn read_once(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Blocks> {
+        let (source, chunk, index) = (at.source(), at.chunk(), at.index());
+        let key = self.keys.key(source, chunk)?;
+        let start = HEADER_ROOM as u64 + u64::from(index) * BLOCK as u64;
+        let range = start..start + u64::from(blocks) * BLOCK as u64;
+        let data = async { self.store.get_range(&key, range).await.map_err(|e| missing(e, &key)) };
+        // Side by side: a cold read costs one round trip.
+        let (header, data) = futures_util::future::try_join(self.header(source, chunk), data).await?;
+        let mut bad = Vec::new();
+        for (i, block) in data.chunks_exact(BLOCK).enumerate() {
+            let n = usize::from(index) + i;
+            let mask = header.masks.iter().find(|(m, _)| usize::from(*m) == n).map(|(_, good)| *good);
+            let volume_block = BlockNo(first.0 + i as u64);
+            if header.crcs.get(n).is_none_or(|crc| header::block_crc(volume_block, block) != *crc) {
+                tracing::error!(
+                    "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
+                    volume_block.0 * BLOCK as u64
+                );
+                bad.push((i, 0));
+            } else if let Some(good) = mask {
+                bad.push((i, good));
+            }
+        }
+        Ok(Blocks { data, bad })
+    }
+}
+
+/// Whether all sectors `from .. to` of a block are good under a mask.
+#[must_use]
+pub fn sectors_good(mask: u8, from: u64, to: u64) -> bool {
+    debug_assert!(from < to && to <= SECTORS_PER_BLOCK);
+    (from..to).all(|s| mask & (1 << s) != 0)
+}
+
+fn missing(e: Error, key: &str) -> Error {
+    match e.kind() {
+        ErrorKind::NotFound => {
+            Error::new(ErrorKind::NotFound, format!("the map names {key}, which is not in the store")).with_source(e)
+        }
+        _ => e,
+    }
+}
+
+/// Reads and checks a chunk's header by its key.
+///
+/// # Errors
+/// `NotFound` when it is missing, `Corrupt` when it is damaged or another's; the store's.
+pub async fn fetch_header(store: &dyn Store, key: &str) -> Result<ChunkHeader> {
+    let bytes = store.get_range(key, 0..HEADER_ROOM as u64).await.map_err(|e| missing(e, key))?;
+    let h = ChunkHeader::decode(&bytes).map_err(|e| Error::from(e).context(format!("reading the header of {key}")))?;
+    let name = key.rsplit('/').next().unwrap_or(key);
+    if header::parse_key(name) != Some((h.chunk, h.epoch, h.nonce)) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("{key} holds chunk {} of epoch {}: it sits under a wrong name", h.chunk, h.epoch),
+        ));
+    }
+    Ok(h)
+}

@@ -1,0 +1,140 @@
+//! Loading the manifest and replacing it by compare-and-swap.
+
+use uuid::Uuid;
+
+use super::{Manifest, key};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Precondition, Store, Version};
+use crate::units::Nonce;
+
+/// The manifest as the store has it.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// What it says.
+    pub manifest: Manifest,
+    version: Version,
+}
+
+impl Published {
+    /// Reads a volume's manifest.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such volume; `Corrupt`, `Unsupported`; the store's.
+    pub async fn load(store: &dyn Store, name: &str) -> Result<Self> {
+        let key = key(name);
+        let (bytes, version) = store.get(&key).await.map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "there is no volume {name:?} in {}: see `vb-ublk volume list`, or add --create --size",
+                    store.url()
+                ),
+            )
+            .with_source(e),
+            _ => e.context(format!("reading the manifest of {name:?} in {}", store.url())),
+        })?;
+        let manifest = Manifest::decode(&bytes).map_err(|e| e.context(format!("reading {key} in {}", store.url())))?;
+        if manifest.name != name {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{key} in {} is the manifest of volume {:?}: it sits under a wrong name",
+                    store.url(),
+                    manifest.name
+                ),
+            ));
+        }
+        Ok(Self { manifest, version })
+    }
+
+    /// Writes the first manifest of a volume.
+    ///
+    /// # Errors
+    /// `Exists` when there is one; the store's.
+    pub async fn create(store: &dyn Store, manifest: Manifest) -> Result<Self> {
+        let body = manifest.encode()?;
+        let version =
+            store.put_if(&key(&manifest.name), body.into(), Precondition::Absent).await.map_err(|e| {
+                match e.kind() {
+                    ErrorKind::Conflict => Error::new(
+                        ErrorKind::Exists,
+                        format!("there is a volume {:?} in {} already", manifest.name, store.url()),
+                    ),
+                    _ => e.context(format!("creating volume {:?} in {}", manifest.name, store.url())),
+                }
+            })?;
+        Ok(Self { manifest, version })
+    }
+
+    /// Replaces the manifest by a changed one, if nobody else has replaced it meanwhile.
+    ///
+    /// # Errors
+    /// `Fenced` when somebody has (the message says who); the store's. After an error that may be worth a retry the
+    /// new version may or may not be there; the next call finds out.
+    pub async fn publish(&mut self, store: &dyn Store, change: impl FnOnce(&mut Manifest)) -> Result<()> {
+        let mut next = self.manifest.clone();
+        change(&mut next);
+        next.publish_id = Uuid::new_v4();
+        if !next.conditional_writes {
+            self.still_ours(store).await?;
+        }
+        let key = key(&next.name);
+        let body = bytes::Bytes::from(next.encode()?);
+        let own_change = next.nonce == self.manifest.nonce;
+        match store.put_if(&key, body.clone(), Precondition::Matches(self.version.clone())).await {
+            Ok(version) => *self = Self { manifest: next, version },
+            Err(e) if e.kind() == ErrorKind::Conflict => {
+                let now = Self::load(store, &next.name).await?;
+                if now.manifest.publish_id == next.publish_id {
+                    // An earlier try of this very put had landed with its reply lost.
+                    *self = now;
+                } else if own_change && now.manifest.nonce == next.nonce && now.manifest.epoch == next.epoch {
+                    // An earlier publish of this attachment, which writes one at a time, had landed with its reply
+                    // lost; this one goes on top of it.
+                    let version = store
+                        .put_if(&key, body, Precondition::Matches(now.version))
+                        .await
+                        .map_err(|e| e.context(format!("publishing {key} in {}", store.url())))?;
+                    *self = Self { manifest: next, version };
+                } else {
+                    return Err(fenced(&now.manifest));
+                }
+            }
+            Err(e) => return Err(e.context(format!("publishing {key} in {}", store.url()))),
+        }
+        if !self.manifest.conditional_writes {
+            self.still_ours(store).await?;
+        }
+        Ok(())
+    }
+
+    /// The weaker rule for stores without conditional writes: look, for want of a lock.
+    ///
+    /// # Errors
+    /// `Fenced` when the manifest is another's.
+    pub async fn still_ours(&mut self, store: &dyn Store) -> Result<()> {
+        let now = Self::load(store, &self.manifest.name).await?;
+        now.check_nonce(self.manifest.nonce)?;
+        self.version = now.version;
+        Ok(())
+    }
+
+    /// Whether this is still the manifest of the attachment with that nonce.
+    ///
+    /// # Errors
+    /// `Fenced` when it is another's.
+    pub fn check_nonce(&self, nonce: Nonce) -> Result<()> {
+        if self.manifest.nonce == nonce { Ok(()) } else { Err(fenced(&self.manifest)) }
+    }
+}
+
+fn fenced(now: &Manifest) -> Error {
+    Error::new(
+        ErrorKind::Fenced,
+        format!(
+            "volume {:?} has been taken over by {}: this attachment may not change it any more",
+            now.name,
+            now.holder()
+        ),
+    )
+}
