@@ -9,6 +9,7 @@ pub mod chunk;
 pub mod codec;
 pub mod disk;
 pub mod error;
+pub mod lane;
 pub mod manifest;
 pub mod map;
 pub mod store;
