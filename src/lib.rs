@@ -15,4 +15,5 @@ pub mod map;
 pub mod store;
 pub mod time;
 pub mod units;
+pub mod volume;
 pub mod wal;

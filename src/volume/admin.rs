@@ -1,0 +1,100 @@
+//! Volumes that nobody needs to attach for this: create, list, info, delete.
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{self, Manifest, Published};
+use crate::store::Store;
+
+const PARALLEL_DELETES: usize = 16;
+
+/// What a new volume is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Size in bytes, a multiple of 4096.
+    pub size_bytes: u64,
+    /// Logical block size in bytes: 512 or 4096.
+    pub logical_block: u32,
+}
+
+/// Makes a volume.
+///
+/// # Errors
+/// `Usage` for a name or size that cannot be, `Exists`, the store's.
+pub async fn create(store: &dyn Store, name: &str, opts: &CreateOptions, now_unix: u64) -> Result<Manifest> {
+    manifest::check_name(name)?;
+    manifest::check_size(opts.size_bytes, opts.logical_block)?;
+    // A store that ignores conditions would let a second create wipe a volume: look first.
+    if store.get(&manifest::key(name)).await.is_ok() {
+        return Err(Error::new(ErrorKind::Exists, format!("there is a volume {name:?} in {} already", store.url())));
+    }
+    let m = Manifest::new(name, opts.size_bytes, opts.logical_block, now_unix);
+    Ok(Published::create(store, m).await?.manifest)
+}
+
+/// The names of all volumes in the store, in order.
+///
+/// # Errors
+/// The store's.
+pub async fn list(store: &dyn Store) -> Result<Vec<String>> {
+    let objects =
+        store.list("", None).await.map_err(|e| e.context(format!("listing the volumes in {}", store.url())))?;
+    let mut names: Vec<String> = objects
+        .iter()
+        .filter_map(|o| o.key.strip_suffix("/manifest.json"))
+        .filter(|n| manifest::check_name(n).is_ok())
+        .map(str::to_owned)
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// A volume's manifest.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, the store's.
+pub async fn info(store: &dyn Store, name: &str) -> Result<Manifest> {
+    manifest::check_name(name)?;
+    Ok(Published::load(store, name).await?.manifest)
+}
+
+/// Deletes every object of a volume, the manifest first: what an interruption leaves is no volume any more, and the
+/// next delete of the name removes the rest. Returns the number of objects.
+///
+/// # Errors
+/// `Busy` when somebody has it attached (unless `force`), `NotFound`, the store's.
+pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
+    manifest::check_name(name)?;
+    let prefix = manifest::prefix(name);
+    let manifest_key = manifest::key(name);
+    let rest = async || -> Result<Vec<String>> {
+        Ok(store.list(&prefix, None).await?.into_iter().map(|o| o.key).filter(|k| *k != manifest_key).collect())
+    };
+    match Published::load(store, name).await {
+        Ok(p) if p.manifest.writer.is_some() && !force => {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!(
+                    "volume {name:?} is attached by {}: detach it first, or add --force if that host is gone",
+                    p.manifest.holder()
+                ),
+            ));
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            if rest().await?.is_empty() {
+                return Err(e);
+            }
+        }
+        Err(_) if force => {}
+        Err(e) => return Err(e),
+    }
+    store.delete(&manifest_key).await.map_err(|e| e.context(format!("deleting {manifest_key}")))?;
+    let keys = rest().await?;
+    stream::iter(&keys)
+        .map(|k| async move { store.delete(k).await.map_err(|e| e.context(format!("deleting {k}"))) })
+        .buffer_unordered(PARALLEL_DELETES)
+        .try_collect::<()>()
+        .await?;
+    Ok(keys.len() as u64 + 1)
+}

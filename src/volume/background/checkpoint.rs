@@ -1,0 +1,166 @@
+//! Checkpoints and the release: writing the base map beside the volume's life, then publishing it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{Background, Backoff, Event, PublishDone, no_trouble, trouble};
+use crate::disk::Disk;
+use crate::error::{ErrorKind, Result};
+use crate::manifest::{Checkpoint, Image, Part, Published, part_key};
+use crate::map::BaseImage;
+use crate::map::checkpoint::{Ident, encode_delta, encode_full};
+use crate::store::Store;
+use crate::time::Timer;
+use crate::units::{BLOCK, ChunkNo, GroupNo, Seq};
+use crate::volume::Volume;
+use crate::volume::attach::hash;
+
+/// A checkpoint is due after this many chunks.
+const CHECKPOINT_CHUNKS: u64 = 1024;
+/// Largest part of an image, in bytes.
+const PART_BYTES: usize = 32 << 20;
+
+/// What a checkpoint is of.
+struct Cut {
+    group: GroupNo,
+    through: Seq,
+    last_chunk: ChunkNo,
+    image: BaseImage,
+    full_before: BaseImage,
+    number: u64,
+    release: bool,
+}
+
+impl<D: Disk + Clone, T: Timer> Background<D, T> {
+    pub(super) fn checkpoint_if_due(&mut self) {
+        let settled = self.groups.is_empty() && self.volume.log.passed_seq() <= self.cut;
+        let release = self.detach.is_some() && settled && !self.volume.log.durable_is_news();
+        // A failed log takes no more marks; what it holds and what verified is in the store all the same.
+        let release = release || self.detach.is_some() && settled && self.volume.log.failure().is_some();
+        let Some(published) = &self.published else { return };
+        let last = published.manifest.checkpoint.as_ref().map_or(0, |c| c.last_chunk.0);
+        if !(release || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
+            return;
+        }
+        // The release waits for the packed mark, so that the next attach finds a log that agrees.
+        if release && self.packed_durable < self.applied_seq && self.volume.log.failure().is_none() {
+            return;
+        }
+        let Some(published) = self.published.take() else { return };
+        let cut = Cut {
+            group: self.applied,
+            through: self.applied_seq,
+            last_chunk: self.applied_chunk,
+            image: self.volume.maps.base_image(),
+            full_before: self.full_image.clone(),
+            number: self.next_checkpoint,
+            release,
+        };
+        self.next_checkpoint += 1;
+        let (volume, store, timer, prefix) =
+            (self.volume.clone(), self.store.clone(), self.timer.clone(), self.prefix.clone());
+        self.spawn(async move {
+            let mut published = published;
+            let mut backoff = Backoff::new();
+            let done = loop {
+                if volume.is_gone() {
+                    break PublishDone::Stopped;
+                }
+                match checkpoint(&volume, &store, &prefix, &mut published, &cut).await {
+                    Ok(full) => {
+                        no_trouble(&volume);
+                        break PublishDone::Done { full, group: cut.group, released: cut.release };
+                    }
+                    Err(e) if e.kind() == ErrorKind::Fenced => break PublishDone::Fenced(e),
+                    Err(e) => trouble(&volume, "publishing a checkpoint", &e),
+                }
+                backoff.pause(&timer).await;
+            };
+            Event::Published { published, done }
+        });
+    }
+
+    pub(super) fn publish_done(&mut self, published: Box<Published>, done: PublishDone) {
+        self.published = Some(published);
+        match done {
+            PublishDone::Done { full, group, released } => {
+                if let Some(full) = full {
+                    self.full_image = full;
+                }
+                self.checkpoint_group = group;
+                if released {
+                    self.volume.set_gone("it was detached");
+                    if let Some(reply) = self.detach.take() {
+                        let _ = reply.send(Ok(()));
+                    }
+                    self.finished = true;
+                }
+            }
+            PublishDone::Fenced(e) => self.fenced(&e),
+            PublishDone::Stopped => {}
+        }
+    }
+}
+
+/// Writes and publishes one checkpoint. Returns the new full image if it wrote one.
+async fn checkpoint(
+    volume: &Volume,
+    store: &Arc<dyn Store>,
+    prefix: &str,
+    published: &mut Published,
+    cut: &Cut,
+) -> Result<Option<BaseImage>> {
+    let m = &published.manifest;
+    if m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group) || m.checkpoint.is_none() && cut.group.0 == 0 {
+        // Nothing new to write; a release still has to be published.
+        published.publish(&**store, |m| release(m, cut)).await?;
+        return Ok(None);
+    }
+    let ident = Ident { volume: m.uuid, number: cut.number };
+    let blocks = volume.size_bytes() / BLOCK as u64;
+    let name = |part: usize| part_key(cut.number, m.epoch, m.nonce, part);
+    let delta = m.checkpoint.as_ref().map(|c| (c, BaseImage::diff(&cut.full_before, &cut.image)));
+    let small = delta
+        .as_ref()
+        .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, PART_BYTES).total_bytes() * 4 <= c.full.bytes());
+    let (full, delta, new_full) = match delta {
+        Some((c, runs)) if small => {
+            let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, PART_BYTES), name).await?;
+            (c.full.clone(), Some(Image { number: cut.number, parts }), None)
+        }
+        _ => {
+            let parts = put_parts(&**store, prefix, encode_full(&cut.image, ident, PART_BYTES), name).await?;
+            (Image { number: cut.number, parts }, None, Some(cut.image.clone()))
+        }
+    };
+    let next = Checkpoint { group: cut.group, through: cut.through, last_chunk: cut.last_chunk, full, delta };
+    published
+        .publish(&**store, |m| {
+            m.checkpoint = Some(next);
+            release(m, cut);
+        })
+        .await?;
+    Ok(new_full)
+}
+
+fn release(m: &mut crate::manifest::Manifest, cut: &Cut) {
+    if cut.release {
+        m.writer = None;
+    }
+}
+
+async fn put_parts(
+    store: &dyn Store,
+    prefix: &str,
+    parts: impl Iterator<Item = Bytes>,
+    name: impl Fn(usize) -> String,
+) -> Result<Vec<Part>> {
+    let mut out = Vec::new();
+    for (i, body) in parts.enumerate() {
+        let key = name(i);
+        out.push(Part { key: key.clone(), bytes: body.len() as u64, sha256: hash(&body) });
+        store.put(&format!("{prefix}{key}"), body).await?;
+    }
+    Ok(out)
+}

@@ -1,0 +1,177 @@
+//! Groups: cut, build, upload, apply, retire.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::{Either, select};
+
+use super::{Background, Backoff, Event, Group, no_trouble, trouble};
+use crate::chunk::pack::{BuiltChunk, GroupTicket, Sources, build, key_of, map_extents};
+use crate::disk::Disk;
+use crate::map::GroupUpdate;
+use crate::time::Timer;
+use crate::units::{ChunkNo, GroupNo};
+use crate::wal::log::LogEntry;
+
+/// Data of a group, in bytes of log, at most: twice as much under backlog, when more is overwritten within a group.
+const GROUP_BYTES: u64 = 32 << 20;
+/// Data of a group in the smallest logs.
+const GROUP_BYTES_MIN: u64 = 4 << 20;
+/// A group is at most this share of the log: room comes free a group at a time.
+const GROUPS_IN_LOG: u64 = 16;
+/// Entries of a group.
+const GROUP_ENTRIES: usize = 32 << 10;
+/// A smaller group is cut when its first entry is this old and no upload is outstanding.
+const GROUP_AGE: Duration = Duration::from_secs(5);
+const MAX_GROUPS: usize = 2;
+const MAX_UPLOADS: usize = 16;
+/// Share of the newest group in the uploads' pace.
+const PACE_WEIGHT: f64 = 0.3;
+/// Groups below this do not count for the pace.
+const PACE_BYTES: u64 = 1 << 20;
+/// No group is reckoned to have taken less, in seconds.
+const SHORTEST_SERVICE: f64 = 0.01;
+
+impl<D: Disk + Clone, T: Timer> Background<D, T> {
+    pub(super) fn cut_group(&mut self, now: Duration) {
+        let log = &self.volume.log;
+        let status = log.status();
+        if status.last_seq <= self.cut.0 {
+            self.uncut_since = None;
+            return;
+        }
+        let age = now.saturating_sub(*self.uncut_since.get_or_insert(now));
+        if self.groups.len() >= MAX_GROUPS || self.groups.iter().any(|g| g.chunks.is_none()) {
+            return;
+        }
+        let in_flight: u64 = self.groups.iter().map(|g| g.bytes).sum();
+        let waiting = status.pending_bytes.saturating_sub(in_flight);
+        let fill = self.fill(now);
+        let usual = (status.capacity_bytes / GROUPS_IN_LOG).clamp(GROUP_BYTES_MIN, GROUP_BYTES);
+        let wanted = self.detach.is_some() || !self.drains.is_empty();
+        let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;
+        let idle = self.groups.is_empty();
+        if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > 0.5)) {
+            return;
+        }
+        let most = if fill > 0.75 { 2 * usual } else { usual };
+        let entries = log.journal_after(self.cut, most, GROUP_ENTRIES);
+        let Some(last) = entries.last() else { return };
+        let ticket = GroupTicket {
+            volume: log.volume(),
+            epoch: self.epoch,
+            nonce: self.nonce,
+            group: self.next_group,
+            after: self.cut,
+            through: last.seq,
+            first_chunk: self.next_chunk,
+            applied_through: self.applied,
+        };
+        self.groups.push_back(Group {
+            number: ticket.group,
+            through: ticket.through,
+            bytes: entries.iter().map(LogEntry::stored_bytes).sum(),
+            since: now.saturating_sub(age),
+            cut_at: now,
+            chunks: None,
+            left: 0,
+        });
+        self.cut = ticket.through;
+        self.next_group = ticket.group.next();
+        self.uncut_since = None;
+        self.build(ticket, entries);
+    }
+
+    fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>) {
+        let pending: Vec<Rc<Vec<BuiltChunk>>> = self.groups.iter().filter_map(|g| g.chunks.clone()).collect();
+        let (volume, disk, reader, timer) =
+            (self.volume.clone(), self.disk.clone(), self.reader.clone(), self.timer.clone());
+        self.spawn(async move {
+            let mut backoff = Backoff::new();
+            let sources = Sources { log: &volume.log, disk: &disk, maps: &volume.maps, reader: &reader, pending };
+            loop {
+                if volume.is_gone() {
+                    return Event::Built { group: ticket.group, chunks: None };
+                }
+                match build(&sources, &ticket, &entries).await {
+                    Ok(chunks) => return Event::Built { group: ticket.group, chunks: Some(chunks) },
+                    Err(e) => trouble(&volume, &format!("packing group {}", ticket.group), &e),
+                }
+                backoff.pause(&timer).await;
+            }
+        });
+    }
+
+    pub(super) fn built(&mut self, number: GroupNo, chunks: Option<Vec<BuiltChunk>>) {
+        let Some(chunks) = chunks else { return };
+        let Some(group) = self.groups.iter_mut().find(|g| g.number == number) else { return };
+        self.next_chunk = ChunkNo(self.next_chunk.0 + chunks.len() as u64);
+        group.left = chunks.len();
+        self.uploads.extend(chunks.iter().map(|c| (number, c.clone())));
+        group.chunks = Some(Rc::new(chunks));
+    }
+
+    pub(super) fn start_uploads(&mut self) {
+        while self.uploading < MAX_UPLOADS {
+            let Some((group, chunk)) = self.uploads.pop_front() else { return };
+            self.uploading += 1;
+            let (volume, store, timer) = (self.volume.clone(), self.store.clone(), self.timer.clone());
+            let key = key_of(&self.prefix, &chunk.header);
+            self.spawn(async move {
+                let mut backoff = Backoff::new();
+                loop {
+                    if volume.is_gone() {
+                        return Event::Uploaded { group, ok: false };
+                    }
+                    let put = store.put(&key, chunk.body.clone());
+                    match select(put, std::pin::pin!(volume.until_gone())).await {
+                        Either::Left((Ok(()), _)) => {
+                            no_trouble(&volume);
+                            return Event::Uploaded { group, ok: true };
+                        }
+                        Either::Left((Err(e), _)) => trouble(&volume, &format!("uploading {key}"), &e),
+                        Either::Right(_) => continue,
+                    }
+                    backoff.pause(&timer).await;
+                }
+            });
+        }
+    }
+
+    pub(super) fn retire_groups(&mut self, now: Duration) {
+        while self.groups.front().is_some_and(|g| g.chunks.is_some() && g.left == 0) {
+            let Some(Group { number, through, bytes, cut_at, chunks, .. }) = self.groups.pop_front() else { return };
+            let mut update = GroupUpdate { last: through, ..GroupUpdate::default() };
+            for c in chunks.iter().flat_map(|c| c.iter()) {
+                update.extents.extend(map_extents(&c.header, 0));
+                self.reader.keep(0, c.header.clone());
+                self.applied_chunk = self.applied_chunk.max(c.header.chunk);
+            }
+            self.volume.maps.apply_group(&update);
+            self.volume.log.retire(through);
+            self.applied = number;
+            self.applied_seq = through;
+            self.note_pace(now, cut_at, bytes);
+        }
+    }
+
+    /// Bytes of log that groups retire per second while any are under way; `None` before the first is. A group that takes
+    /// longer than its predecessors pulls it down while it waits: an outage slows writers before the log is full.
+    pub(super) fn drain_rate(&self, now: Duration) -> Option<f64> {
+        let Some(front) = self.groups.front() else { return self.pace };
+        let waited = now.saturating_sub(front.cut_at.max(self.last_retired)).as_secs_f64();
+        let front = front.bytes.max(1) as f64 / waited.max(SHORTEST_SERVICE);
+        Some(self.pace.map_or(front, |pace| pace.min(front)))
+    }
+
+    fn note_pace(&mut self, now: Duration, cut_at: Duration, bytes: u64) {
+        let took = now.saturating_sub(cut_at.max(self.last_retired)).as_secs_f64();
+        self.last_retired = now;
+        // A small group says more of latency than of pace.
+        if bytes < PACE_BYTES {
+            return;
+        }
+        let rate = bytes as f64 / took.max(SHORTEST_SERVICE);
+        self.pace = Some(self.pace.map_or(rate, |p| p.mul_add(1.0 - PACE_WEIGHT, rate * PACE_WEIGHT)));
+    }
+}

@@ -1,0 +1,409 @@
+//! What goes on behind an attached volume: one task on a store thread.
+//!
+//! An actor: all state is owned by [`Background`]; everything that takes time is a future in one set, which ends in
+//! an [`Event`]. [`Background::step`] starts what is due, [`Background::handle`] takes what has ended. So nothing here
+//! needs a lock, and nothing is cancelled half way.
+//!
+//! Invariants:
+//! - Groups are cut, applied and retired strictly in order; at most two are in flight, one of them being built.
+//! - A group is applied (base, then overlay, per leaf in one step) when all its chunks are in the store; the
+//!   superblock's packed mark follows, durably, and only then is the log's room free.
+//! - One task at a time owns the manifest, and one the superblock.
+//! - Once fenced, nothing is uploaded or published again.
+
+mod checkpoint;
+mod groups;
+pub(super) mod logcare;
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+
+use super::recover::StoreEnd;
+use super::{Command, Volume};
+use crate::chunk::pack::BuiltChunk;
+use crate::chunk::reader::ChunkReader;
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{Published, prefix};
+use crate::map::BaseImage;
+use crate::store::Store;
+use crate::time::Timer;
+use crate::units::{ChunkNo, Epoch, GroupNo, Nonce, Seq};
+use crate::wal::create::SuperblockFile;
+use crate::wal::log::MAX_ENTRIES;
+
+/// Between two looks at a busy volume.
+const BUSY_TICK: Duration = Duration::from_millis(20);
+/// Between two looks at an idle one, if nothing is heard of it.
+const IDLE_TICK: Duration = Duration::from_secs(1);
+/// How often the manifest is looked at, to find out that another host has taken the volume.
+const POLL_MANIFEST: Duration = Duration::from_secs(10);
+/// The volume counts as deleted when its manifest was missing so often in a row.
+const POLLS_WITHOUT_MANIFEST: u32 = 3;
+/// First pause after a failure of the store; it doubles…
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// …up to this.
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+type Task = Pin<Box<dyn Future<Output = Event>>>;
+
+/// What has ended.
+pub(super) enum Event {
+    Tick,
+    Built { group: GroupNo, chunks: Option<Vec<BuiltChunk>> },
+    Uploaded { group: GroupNo, ok: bool },
+    Superblock { sb: Box<SuperblockFile>, result: Result<()> },
+    Published { published: Box<Published>, done: PublishDone },
+    Polled(Result<()>),
+    Grown { slot: u32, result: Result<()> },
+}
+
+/// How a checkpoint or release ended.
+pub(super) enum PublishDone {
+    /// The manifest says so.
+    Done { full: Option<BaseImage>, group: GroupNo, released: bool },
+    /// Another host has the volume.
+    Fenced(Error),
+    /// The volume went away meanwhile.
+    Stopped,
+}
+
+/// A group between its cut and its retirement.
+struct Group {
+    number: GroupNo,
+    through: Seq,
+    bytes: u64,
+    /// When its first entry was seen waiting.
+    since: Duration,
+    /// When it was cut.
+    cut_at: Duration,
+    chunks: Option<Rc<Vec<BuiltChunk>>>,
+    /// Chunks not yet in the store.
+    left: usize,
+}
+
+/// See the module's page.
+pub struct Background<D: Disk, T: Timer> {
+    volume: Arc<Volume>,
+    store: Arc<dyn Store>,
+    disk: D,
+    timer: T,
+    reader: ChunkReader,
+    prefix: String,
+    epoch: Epoch,
+    nonce: Nonce,
+    published: Option<Box<Published>>,
+    superblock: Option<Box<SuperblockFile>>,
+    commands: mpsc::Receiver<Command>,
+    tasks: FuturesUnordered<Task>,
+
+    groups: VecDeque<Group>,
+    uploads: VecDeque<(GroupNo, BuiltChunk)>,
+    uploading: usize,
+    /// The last entry that some group holds.
+    cut: Seq,
+    uncut_since: Option<Duration>,
+    next_group: GroupNo,
+    next_chunk: ChunkNo,
+    applied: GroupNo,
+    applied_seq: Seq,
+    /// The last chunk number of an applied group.
+    applied_chunk: ChunkNo,
+    packed_durable: Seq,
+    pace: Option<f64>,
+    last_retired: Duration,
+
+    full_image: BaseImage,
+    checkpoint_group: GroupNo,
+    next_checkpoint: u64,
+    last_poll: Duration,
+    polling: bool,
+    polls_without_manifest: u32,
+
+    /// Slots could be recycled but for readers.
+    held: bool,
+    growing: bool,
+    no_growth_until: Duration,
+
+    drains: Vec<(Seq, oneshot::Sender<Result<()>>)>,
+    detach: Option<oneshot::Sender<Result<()>>>,
+    finished: bool,
+}
+
+impl<D: Disk + Clone, T: Timer> Background<D, T> {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        volume: Arc<Volume>,
+        store: Arc<dyn Store>,
+        disk: D,
+        timer: T,
+        reader: ChunkReader,
+        published: Published,
+        superblock: SuperblockFile,
+        commands: mpsc::Receiver<Command>,
+        end: StoreEnd,
+        full_image: BaseImage,
+    ) -> Self {
+        let m = &published.manifest;
+        let checkpoint = m.checkpoint.as_ref();
+        let next_checkpoint = checkpoint.map_or(1, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)) + 1);
+        let now = timer.now();
+        Self {
+            prefix: prefix(&m.name),
+            epoch: m.epoch,
+            nonce: m.nonce,
+            checkpoint_group: checkpoint.map_or(GroupNo(0), |c| c.group),
+            next_checkpoint,
+            packed_durable: superblock.current.packed_through,
+            published: Some(Box::new(published)),
+            superblock: Some(Box::new(superblock)),
+            volume,
+            store,
+            disk,
+            timer,
+            reader,
+            commands,
+            tasks: FuturesUnordered::new(),
+            groups: VecDeque::new(),
+            uploads: VecDeque::new(),
+            uploading: 0,
+            cut: end.through,
+            uncut_since: None,
+            next_group: end.group.next(),
+            next_chunk: end.last_chunk.next(),
+            applied: end.group,
+            applied_seq: end.through,
+            applied_chunk: end.last_chunk,
+            pace: None,
+            last_retired: now,
+            full_image,
+            last_poll: now,
+            polling: false,
+            polls_without_manifest: 0,
+            held: false,
+            growing: false,
+            no_growth_until: Duration::ZERO,
+            drains: Vec::new(),
+            detach: None,
+            finished: false,
+        }
+    }
+
+    /// Runs until the volume is detached, or lost and asked to detach.
+    pub async fn run(mut self) {
+        self.arm_tick();
+        while !self.finished {
+            self.step();
+            if self.finished {
+                break;
+            }
+            let event = tokio::select! {
+                biased;
+                Some(event) = self.tasks.next() => Some(event),
+                command = self.commands.recv() => {
+                    self.command(command);
+                    None
+                }
+            };
+            if let Some(event) = event {
+                self.handle(event);
+            }
+        }
+    }
+
+    fn command(&mut self, command: Option<Command>) {
+        match command {
+            Some(Command::Detach(reply)) => self.detach = Some(reply),
+            Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
+            Some(Command::Abandon) | None => {
+                self.volume.set_gone("it was abandoned");
+                self.volume.log.fail("the volume was abandoned");
+                self.finished = true;
+            }
+        }
+    }
+
+    /// Starts what is due.
+    fn step(&mut self) {
+        let now = self.timer.now();
+        self.care_for_log(now);
+        if self.volume.is_gone() {
+            self.give_up();
+            return;
+        }
+        self.cut_group(now);
+        self.start_uploads();
+        self.retire_groups(now);
+        self.answer_drains();
+        self.mark_packed();
+        self.checkpoint_if_due();
+        self.poll_manifest(now);
+        self.report(now);
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Tick => self.arm_tick(),
+            Event::Built { group, chunks } => self.built(group, chunks),
+            Event::Uploaded { group, ok } => {
+                self.uploading -= 1;
+                if let Some(g) = self.groups.iter_mut().find(|g| g.number == group)
+                    && ok
+                {
+                    g.left -= 1;
+                }
+            }
+            Event::Superblock { sb, result } => {
+                match result {
+                    Ok(()) => self.packed_durable = sb.current.packed_through,
+                    Err(e) => self.volume.log.fail(format!("the log's superblock cannot be written: {e}")),
+                }
+                self.superblock = Some(sb);
+            }
+            Event::Published { published, done } => self.publish_done(published, done),
+            Event::Polled(result) => self.polled(result),
+            Event::Grown { slot, result } => self.grown(slot, result),
+        }
+    }
+
+    /// How full the log is, 0 to 1. Where the disk has no room to grow, what there is counts as the whole.
+    fn fill(&self, now: Duration) -> f64 {
+        let s = self.volume.log.status();
+        let room = if now < self.no_growth_until { s.ready_bytes } else { s.capacity_bytes };
+        let bytes = s.used_bytes as f64 / room.max(1) as f64;
+        bytes.max(s.entries as f64 / MAX_ENTRIES as f64)
+    }
+
+    fn spawn(&self, f: impl Future<Output = Event> + 'static) {
+        self.tasks.push(Box::pin(f));
+    }
+
+    fn arm_tick(&self) {
+        let busy = !self.groups.is_empty()
+            || self.held
+            || self.volume.log.passed_seq() > self.applied_seq
+            || self.detach.is_some();
+        let (timer, volume) = (self.timer.clone(), self.volume.clone());
+        self.spawn(async move {
+            if busy {
+                timer.sleep(BUSY_TICK).await;
+            } else {
+                let heard = std::pin::pin!(volume.log.news());
+                let slept = std::pin::pin!(timer.sleep(IDLE_TICK));
+                futures_util::future::select(heard, slept).await;
+            }
+            Event::Tick
+        });
+    }
+
+    fn fenced(&mut self, e: &Error) {
+        tracing::error!("{e}: no write is acknowledged any more, and nothing is uploaded");
+        self.volume.set_gone(e.to_string());
+        // Whoever waits for room in the log, for the frontier or for a sync must not wait for ever.
+        self.volume.log.fail(e.to_string());
+    }
+
+    /// The volume is another's: whoever waits is told, and a detach only ends.
+    fn give_up(&mut self) {
+        let lost = |v: &Volume| {
+            let reason = v.status().failure.unwrap_or_default();
+            Error::new(ErrorKind::Fenced, format!("volume {:?} was lost while it was attached: {reason}", v.name()))
+        };
+        for (_, reply) in self.drains.drain(..) {
+            let _ = reply.send(Err(lost(&self.volume)));
+        }
+        if let Some(reply) = self.detach.take() {
+            let _ = reply.send(Err(lost(&self.volume)));
+            self.finished = true;
+        }
+    }
+
+    fn answer_drains(&mut self) {
+        let done = self.applied_seq;
+        let (ready, waiting) = self.drains.drain(..).partition(|(seq, _)| *seq <= done);
+        self.drains = waiting;
+        for (_, reply) in ready {
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    fn report(&self, now: Duration) {
+        let oldest = self.groups.front().map(|g| g.since).or(self.uncut_since);
+        let drain = self.drain_rate(now);
+        self.volume.update_background(|s| {
+            s.groups = self.applied.0;
+            s.checkpoint_group = self.checkpoint_group.0;
+            s.oldest_pending_secs = oldest.map(|t| now.saturating_sub(t).as_secs_f64());
+            s.upload_bytes_per_sec = drain;
+        });
+    }
+
+    /// Looks whether the manifest still names this attachment; whatever else is going on with it.
+    fn poll_manifest(&mut self, now: Duration) {
+        if self.polling || now.saturating_sub(self.last_poll) < POLL_MANIFEST {
+            return;
+        }
+        self.polling = true;
+        self.last_poll = now;
+        let (store, volume, nonce) = (self.store.clone(), self.volume.clone(), self.nonce);
+        self.spawn(async move {
+            let result = Published::load(&*store, volume.name()).await;
+            Event::Polled(result.and_then(|p| p.check_nonce(nonce)))
+        });
+    }
+
+    fn polled(&mut self, result: Result<()>) {
+        self.polling = false;
+        match result {
+            Ok(()) => self.polls_without_manifest = 0,
+            Err(e) if e.kind() == ErrorKind::Fenced => self.fenced(&e),
+            // One 404 may be an outage (a mount that is away, a proxy); several in a row are a deleted volume.
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                self.polls_without_manifest += 1;
+                if self.polls_without_manifest >= POLLS_WITHOUT_MANIFEST {
+                    self.fenced(&e);
+                }
+            }
+            Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
+        }
+    }
+}
+
+/// Pauses that double.
+struct Backoff(Duration);
+
+impl Backoff {
+    const fn new() -> Self {
+        Self(RETRY_PAUSE)
+    }
+
+    async fn pause<T: Timer>(&mut self, timer: &T) {
+        timer.sleep(self.0).await;
+        self.0 = (self.0 * 2).min(RETRY_PAUSE_MAX);
+    }
+}
+
+/// Notes a failure of the store for `status`, and says it once when it begins.
+fn trouble(volume: &Volume, what: &str, e: &Error) {
+    volume.update_background(|s| {
+        if s.store_trouble.is_none() {
+            tracing::warn!("{what}: {e}; it goes on as soon as the store answers");
+        }
+        s.store_trouble = Some(format!("{what}: {e}"));
+    });
+}
+
+fn no_trouble(volume: &Volume) {
+    volume.update_background(|s| {
+        if s.store_trouble.take().is_some() {
+            tracing::info!("the store answers again");
+        }
+    });
+}

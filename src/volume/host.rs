@@ -1,0 +1,301 @@
+//! The threads of an attached volume: one for its background, one for the lanes' reads of chunks. Each is a
+//! tokio-uring runtime with an S3 client of its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures_util::future::select;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+
+use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
+use super::background::logcare::keep_log;
+use super::{Command, ReadRequest, Volume};
+use crate::chunk::reader::ChunkReader;
+use crate::disk::file::{DataFile, sync_parent};
+use crate::disk::uring::{TokioTimer, UringDisk};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::manifest::{Published, Writer, check_name};
+use crate::store::retry::{Policy, Retry};
+use crate::store::{StoreOptions, StoreUrl, open};
+use crate::units::{BLOCK, Nonce};
+use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
+use crate::wal::create::{MAX_LOG_BYTES, SuperblockFile, geometry_for};
+use crate::wal::log::Geometry;
+
+/// Reads of chunks under way at once.
+const MAX_READS: usize = 64;
+
+/// How to attach a volume.
+#[derive(Debug, Clone)]
+pub struct AttachOptions {
+    /// The store.
+    pub store_url: StoreUrl,
+    /// How to reach it.
+    pub store_options: StoreOptions,
+    /// The volume's name.
+    pub volume: String,
+    /// The log: a file (made if missing), or a block device.
+    pub log_path: PathBuf,
+    /// Size of a new log in bytes.
+    pub log_bytes: u64,
+    /// Take the volume over from another host.
+    pub force: bool,
+    /// Refuse writes.
+    pub read_only: bool,
+}
+
+/// An attached volume with its threads.
+#[derive(Debug)]
+pub struct Host {
+    volume: Arc<Volume>,
+    threads: [JoinHandle<()>; 2],
+}
+
+impl std::fmt::Debug for Volume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Volume({})", self.name())
+    }
+}
+
+impl Host {
+    /// Attaches; blocks until the volume can be served.
+    ///
+    /// # Errors
+    /// Those of [`attach`], of the log's file, and of the store.
+    pub fn attach(opts: AttachOptions) -> Result<Self> {
+        check_name(&opts.volume)?;
+        let (told, answer) = oneshot::channel();
+        let for_reads = opts.clone();
+        let background = spawn("vb-background", move || {
+            tokio_uring::start(async move {
+                match open_and_attach(&opts).await {
+                    Ok(Attached { volume, background, reads, reader }) => {
+                        let _ = told.send(Ok((volume, reads, reader)));
+                        background.run().await;
+                    }
+                    Err(e) => {
+                        let _ = told.send(Err(e));
+                    }
+                }
+            });
+        })?;
+        let (volume, reads, reader) = answer.blocking_recv().map_err(|_| {
+            Error::new(ErrorKind::Internal, "the volume's background thread ended before it had attached")
+        })??;
+        let served = volume.clone();
+        let reading = spawn("vb-reads", move || {
+            tokio_uring::start(async move {
+                let keeper = async {
+                    match disk_of(served.log_file()) {
+                        Ok(disk) => keep_log(served.clone(), disk, TokioTimer).await,
+                        Err(e) => served.log.fail(e.to_string()),
+                    }
+                };
+                let reads = async {
+                    // A client of its own: its connections live on this thread.
+                    let reader = match open(&for_reads.store_url, &for_reads.store_options).await {
+                        Ok(store) => reader.over(Arc::new(Retry::new(store, Policy::background()))),
+                        Err(e) => {
+                            tracing::error!("opening the store for reads failed: {e}; the background's client is used");
+                            reader
+                        }
+                    };
+                    let gone = std::pin::pin!(served.until_gone());
+                    select(std::pin::pin!(serve_reads(reads, reader)), gone).await;
+                };
+                futures_util::future::join(keeper, reads).await;
+            });
+        })?;
+        Ok(Self { volume, threads: [background, reading] })
+    }
+
+    /// What lanes share.
+    #[must_use]
+    pub const fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// Uploads everything, publishes a checkpoint, releases the epoch. All lanes must have ended.
+    ///
+    /// # Errors
+    /// `Fenced` when another host has the volume.
+    pub fn detach(self) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        let ended = || Error::new(ErrorKind::Internal, "the volume's background thread has ended early");
+        self.volume.commands.blocking_send(Command::Detach(reply)).map_err(|_| ended())?;
+        let result = answer.blocking_recv().map_err(|_| ended())?;
+        self.join()?;
+        result
+    }
+
+    /// Ends the threads and leaves everything as the death of the process would: what is not uploaded stays in the
+    /// log, the epoch is not released. The same host attaches again and has everything.
+    ///
+    /// # Errors
+    /// `Internal` when a thread has ended early.
+    pub fn abandon(self) -> Result<()> {
+        // A background that has ended already needs no telling.
+        let _ = self.volume.commands.blocking_send(Command::Abandon);
+        self.join()
+    }
+
+    /// Waits for the threads; both end when the volume is gone.
+    fn join(self) -> Result<()> {
+        for t in self.threads {
+            t.join().map_err(|_| Error::new(ErrorKind::Internal, "a thread of the volume has panicked"))?;
+        }
+        Ok(())
+    }
+}
+
+fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(f).context(|| format!("starting thread {name}"))
+}
+
+async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: ChunkReader) {
+    let mut running = FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            Some(()) = running.next() => {}
+            request = requests.recv(), if running.len() < MAX_READS => {
+                let Some(ReadRequest { at, first, blocks, reply }) = request else { break };
+                let reader = &reader;
+                running.push(async move {
+                    let _ = reply.send(reader.read(at, first, blocks).await);
+                });
+            }
+        }
+    }
+    while running.next().await.is_some() {}
+}
+
+fn who() -> Writer {
+    let host = nix::unistd::gethostname().map_or_else(|_| "unknown".to_owned(), |h| h.to_string_lossy().into_owned());
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    Writer { host, pid: std::process::id(), since }
+}
+
+async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, TokioTimer>> {
+    let wanted = geometry_for(opts.log_bytes)?;
+    let backend = open(&opts.store_url, &opts.store_options).await?;
+    let stores = Stores {
+        attach: Arc::new(Retry::new(backend.clone(), Policy::attach())),
+        background: Arc::new(Retry::new(backend, Policy::background())),
+    };
+    let published = Published::load(&*stores.attach, &opts.volume).await?;
+    let (file, superblock) = open_log(&opts.log_path, &published, opts).await?;
+    // A device is used whole.
+    let geometry = if file.is_device() { device_geometry(&file)? } else { wanted };
+    let disk = disk_of(&file)?;
+    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
+    // Entropy that fails after it has worked is no state this can go on from.
+    let salt = Box::new(|| getrandom::u64().unwrap_or_else(|e| panic!("the system's entropy failed: {e}")));
+    let request = Request { force: opts.force, read_only: opts.read_only, writer: who(), nonce };
+    let log = OpenLog { file: Arc::new(file), disk, superblock, geometry, salt };
+    attach(stores, published, log, TokioTimer, request).await
+}
+
+fn disk_of(file: &DataFile) -> Result<UringDisk> {
+    UringDisk::new(file).context(|| format!("opening {} a second time", file.path().display()))
+}
+
+/// Opens and locks the log. One that is not the newest attachment's is set aside whole, and a new one made.
+async fn open_log(
+    path: &Path,
+    published: &Published,
+    opts: &AttachOptions,
+) -> Result<(DataFile, Option<SuperblockFile>)> {
+    let m = &published.manifest;
+    let is_device = std::fs::metadata(path).is_ok_and(|d| {
+        use std::os::unix::fs::FileTypeExt;
+        d.file_type().is_block_device()
+    });
+    if !is_device && let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).context(|| format!("making the log's folder {}", folder.display()))?;
+    }
+    let existed = path.exists();
+    if !existed && m.writer.is_some() && !opts.force {
+        // Refuse before a file is made: nothing changes on a refusal.
+        return Err(super::attach::held(m));
+    }
+    let file = DataFile::open(path, !is_device)?;
+    if is_device {
+        check_device(&file)?;
+    }
+    let found = SuperblockFile::load(&disk_of(&file)?, file.size()?)
+        .await
+        .map_err(|e| e.context(format!("reading the log {}", path.display())))?;
+    match found {
+        Some(sb) if is_ours(&sb, m) => Ok((file, Some(sb))),
+        Some(sb) if is_device => Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{} holds the log of {} (entries packed up to {}): use another device, or wipe it with `wipefs`/`dd` if that log is not needed",
+                path.display(),
+                if sb.current.volume == m.uuid {
+                    "an older attachment of this volume".to_owned()
+                } else {
+                    format!("volume {}", sb.current.volume)
+                },
+                sb.current.packed_through
+            ),
+        )),
+        Some(_) => {
+            if m.writer.is_some() && !opts.force {
+                return Err(super::attach::held(m));
+            }
+            let aside = set_aside(path)?;
+            tracing::warn!(
+                "the log {} is not of the newest attachment of volume {:?}: it was set aside as {} and is not replayed",
+                path.display(),
+                m.name,
+                aside.display()
+            );
+            drop(file);
+            Ok((DataFile::open(path, true)?, None))
+        }
+        None => Ok((file, None)),
+    }
+}
+
+fn set_aside(path: &Path) -> Result<PathBuf> {
+    for n in 1.. {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".aside-{n}"));
+        let aside = PathBuf::from(name);
+        if !aside.exists() {
+            std::fs::rename(path, &aside).context(|| format!("setting the log {} aside", path.display()))?;
+            sync_parent(path)?;
+            return Ok(aside);
+        }
+    }
+    Err(Error::new(ErrorKind::Internal, "no name is left to set a log aside"))
+}
+
+fn device_geometry(file: &DataFile) -> Result<Geometry> {
+    let room = file.size()?.saturating_sub(SLOTS_START).min(MAX_LOG_BYTES);
+    geometry_for(room).map_err(|e| e.context(format!("{} as a log", file.path().display())))
+}
+
+/// A device is used whole, so it must be empty or ours.
+fn check_device(file: &DataFile) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    // O_DIRECT wants an aligned buffer; the first MiB is where partition tables and file systems show.
+    let mut head = crate::disk::IoBuf::zeroed(SLOTS_START as usize);
+    let handle = file.dup().context(|| format!("opening {} a second time", file.path().display()))?;
+    handle.read_exact_at(head.bytes_mut(), 0).context(|| format!("reading {}", file.path().display()))?;
+    let ours = SUPERBLOCK_AT.iter().any(|at| Superblock::decode(&head.bytes()[*at as usize..][..BLOCK]).is_ok());
+    if !ours && head.bytes().iter().any(|b| *b != 0) {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!(
+                "{} is not empty (its first MiB holds data) and not a vb-ublk log: if nothing on it is needed, wipe it with `wipefs -a` and `dd if=/dev/zero bs=1M count=1`",
+                file.path().display()
+            ),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! The volume as one lane sees it: requests in, answers out. Nothing here waits on the store but reads of what is
+//! only there.
+//!
+//! Invariants:
+//! - A write is answered when the frontier has passed its record; with FUA, when a sync that began after that has
+//!   ended (or its record was written with RWF_DSYNC over a durable log).
+//! - A flush covers what the frontier had passed when it was issued, on whichever lane.
+//! - What a read returns has passed its check: checksum and address.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
+use super::Volume;
+use super::engine::{Engine, IoFault};
+use crate::checksum::block_crc;
+use crate::chunk::reader::{Blocks, sectors_good};
+use crate::disk::{Disk, IoBuf};
+use crate::map::{Location, LogBlock, Piece, PinLog, Source};
+use crate::time::Timer;
+use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
+use crate::wal::appender::Appender;
+use crate::wal::codec::{LogPos, RecordKind};
+use crate::wal::log::{Failed, Log};
+
+/// A write is logged in entries of at most this many bytes.
+const MAX_ENTRY_BYTES: usize = 1 << 20;
+
+/// See the module's page.
+pub struct VolumeLane<D: Disk, T: Timer> {
+    volume: Arc<Volume>,
+    appender: Rc<Appender<D>>,
+    timer: T,
+    spare: RefCell<Vec<Vec<Piece>>>,
+}
+
+/// Pins log slots under the map's lock; each pin is given back by the [`Pin`] of its piece.
+struct Pinner<'a>(&'a Log);
+
+impl PinLog for Pinner<'_> {
+    fn pin(&self, blk: LogBlock) {
+        self.0.pin(blk.0);
+    }
+}
+
+struct Pin<'a> {
+    log: &'a Log,
+    block: u32,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.log.unpin(self.block);
+    }
+}
+
+impl<D: Disk, T: Timer> VolumeLane<D, T> {
+    /// A lane of `volume`; `disk` is the lane's own descriptor of the volume's log.
+    pub fn new(volume: Arc<Volume>, disk: D, timer: T) -> Rc<Self> {
+        let appender = Rc::new(Appender::new(volume.log.clone(), disk));
+        Rc::new(Self { volume, appender, timer, spare: RefCell::default() })
+    }
+
+    /// Records written by this lane and entries in them.
+    #[must_use]
+    pub fn counters(&self) -> (u64, u64) {
+        self.appender.counters()
+    }
+
+    fn check(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
+        let end = lba.0.checked_add(sectors).ok_or(IoFault::BadRange)?;
+        if sectors == 0 || end > self.volume.sectors() {
+            return Err(IoFault::BadRange);
+        }
+        if self.volume.is_gone() { Err(IoFault::Gone) } else { Ok(()) }
+    }
+
+    fn check_write(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
+        if self.volume.read_only() {
+            return Err(IoFault::ReadOnly);
+        }
+        self.check(lba, sectors)
+    }
+
+    fn fault(&self, _: Failed) -> IoFault {
+        if self.volume.is_gone() { IoFault::Gone } else { IoFault::Io }
+    }
+
+    /// Waits as long as the log's fill and the uploads' pace ask for.
+    async fn pace(&self, bytes: u64) {
+        let throttle = &self.volume.throttle;
+        let Some(turn) = throttle.queue(bytes) else { return };
+        while let Some(wait) = throttle.wait(turn, self.timer.now())
+            && !self.volume.is_gone()
+        {
+            self.timer.sleep(wait).await;
+        }
+    }
+
+    async fn settle(&self, end: LogPos, fua: bool) -> Result<(), IoFault> {
+        if fua {
+            self.volume.log.sync_through(end, self.appender.disk()).await.map_err(|e| self.fault(e))?;
+        }
+        // A write that ends after the volume was lost is not acknowledged.
+        if self.volume.is_gone() { Err(IoFault::Gone) } else { Ok(()) }
+    }
+
+    async fn hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool) -> Result<(), IoFault> {
+        self.check_write(lba, sectors)?;
+        // Holes carry no data but take entries, memory and packing: a block's worth of pacing each.
+        self.pace(BLOCK as u64).await;
+        let end = self.appender.push_hole(lba, sectors, kind, fua).await.map_err(|e| self.fault(e))?;
+        self.settle(end, fua).await
+    }
+
+    async fn piece(&self, p: Piece, dst: IoBuf) -> Result<(), IoFault> {
+        match p.what {
+            Source::Zero => {
+                dst.zero(0..dst.len());
+                Ok(())
+            }
+            Source::Log { blk, .. } => {
+                // Given back as soon as this piece is read: a slow neighbour must not hold the log's room.
+                let _pin = Pin { log: &self.volume.log, block: blk.0 };
+                self.read_log(p.lba, blk, dst).await
+            }
+            Source::Chunk(at) | Source::Damaged(at) => self.read_stored(p.lba, at, dst).await,
+        }
+    }
+
+    async fn read_log(&self, lba: Lba, blk: LogBlock, mut dst: IoBuf) -> Result<(), IoFault> {
+        let log = &self.volume.log;
+        let at = u64::from(blk.0) * BLOCK as u64;
+        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
+        let in_place = skip == 0 && dst.is_aligned(BLOCK);
+        let blocks = (skip + dst.len()).div_ceil(BLOCK);
+        let mut buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks * BLOCK) };
+        if let Err(e) = self.appender.disk().read_at(at, buf.clone()).await {
+            tracing::error!("reading the log at byte {at} for block {} failed: {e}", lba.block());
+            return Err(IoFault::Io);
+        }
+        for (i, data) in buf.bytes_mut().chunks_exact(BLOCK).enumerate() {
+            let block = BlockNo(lba.block().0 + i as u64);
+            if block_crc(block, data) != log.crc(blk.0 + i as u32) {
+                tracing::error!(
+                    "block {block} (byte {} of the volume) fails its check in the log at byte {}",
+                    block.0 * BLOCK as u64,
+                    at + (i * BLOCK) as u64
+                );
+                return Err(IoFault::Io);
+            }
+        }
+        if !in_place {
+            let n = dst.len();
+            dst.bytes_mut().copy_from_slice(&buf.bytes()[skip..skip + n]);
+        }
+        Ok(())
+    }
+
+    async fn read_stored(&self, lba: Lba, at: Location, dst: IoBuf) -> Result<(), IoFault> {
+        let first = lba.0 % SECTORS_PER_BLOCK;
+        let sectors = (dst.len() / SECTOR) as u64;
+        let blocks = (first + sectors).div_ceil(SECTORS_PER_BLOCK);
+        let Blocks { data, bad } = self.volume.read_chunk(at, lba.block(), blocks as u16).await?;
+        for (i, mask) in bad {
+            let start = (i as u64 * SECTORS_PER_BLOCK).max(first);
+            let end = ((i as u64 + 1) * SECTORS_PER_BLOCK).min(first + sectors);
+            let base = i as u64 * SECTORS_PER_BLOCK;
+            if !sectors_good(mask, start - base, end - base) {
+                tracing::error!("block {} is damaged and cannot be read", lba.block().0 + i as u64);
+                return Err(IoFault::Io);
+            }
+        }
+        let skip = first as usize * SECTOR;
+        dst.copy_in(0, &data[skip..skip + dst.len()]);
+        Ok(())
+    }
+}
+
+impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
+    async fn read(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
+        self.check(lba, (dst.len() / SECTOR) as u64)?;
+        let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
+        self.volume.maps.lookup(lba, (dst.len() / SECTOR) as u64, &Pinner(&self.volume.log), &mut pieces);
+        let part = |p: &Piece| {
+            let from = (p.lba.0 - lba.0) as usize * SECTOR;
+            dst.slice(from..from + p.sectors as usize * SECTOR)
+        };
+        let result = match pieces.as_slice() {
+            [one] => self.piece(*one, dst.clone()).await,
+            // All of them, whatever becomes of one: a piece that is still being read owns its part of the buffer.
+            many => join_all(many.iter().map(|p| self.piece(*p, part(p)))).await.into_iter().collect(),
+        };
+        pieces.clear();
+        self.spare.borrow_mut().push(pieces);
+        result
+    }
+
+    async fn write(&self, lba: Lba, src: IoBuf, fua: bool) -> Result<(), IoFault> {
+        self.check_write(lba, (src.len() / SECTOR) as u64)?;
+        self.pace(src.len() as u64).await;
+        let end = if src.len() <= MAX_ENTRY_BYTES {
+            self.appender.push_data(lba, &src, fua).await
+        } else {
+            let cut = |from: usize| src.slice(from..(from + MAX_ENTRY_BYTES).min(src.len()));
+            let tickets = (0..src.len())
+                .step_by(MAX_ENTRY_BYTES)
+                .map(|from| self.appender.push_data(Lba(lba.0 + (from / SECTOR) as u64), &cut(from), fua));
+            let ends: Result<Vec<LogPos>, Failed> = join_all(tickets).await.into_iter().collect();
+            ends.map(|ends| ends.into_iter().max().unwrap_or_default())
+        };
+        let end = end.map_err(|e| self.fault(e))?;
+        self.settle(end, fua).await
+    }
+
+    async fn flush(&self) -> Result<(), IoFault> {
+        if self.volume.is_gone() {
+            return Err(IoFault::Gone);
+        }
+        let log = &self.volume.log;
+        if log.failure().is_some() {
+            return Err(IoFault::Io);
+        }
+        self.settle(log.flush_target(), true).await
+    }
+
+    async fn discard(&self, lba: Lba, sectors: u64, fua: bool) -> Result<(), IoFault> {
+        self.hole(lba, sectors, RecordKind::Discard, fua).await
+    }
+
+    async fn write_zeroes(&self, lba: Lba, sectors: u64, fua: bool) -> Result<(), IoFault> {
+        self.hole(lba, sectors, RecordKind::Zeroes, fua).await
+    }
+
+    fn seal(&self) {
+        self.appender.seal();
+    }
+
+    fn tasks(self: Rc<Self>) -> Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>> {
+        // The passer first: the committer hands its waker out.
+        vec![Box::pin(self.appender.clone().passer()), Box::pin(self.appender.clone().committer())]
+    }
+}

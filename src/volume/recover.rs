@@ -1,0 +1,138 @@
+//! What the store holds beyond the last checkpoint: the chunks of whole groups, in order.
+//!
+//! Invariants:
+//! - A group counts only when all its chunks are there, under the epoch that owns their numbers.
+//! - Groups count in order and without a gap; what comes after the first incomplete one does not.
+//! - A header that cannot be read is corruption, never absence.
+
+use std::collections::BTreeMap;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use crate::chunk::header::{self, ChunkHeader};
+use crate::chunk::pack::map_extents;
+use crate::chunk::reader::fetch_header;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::Manifest;
+use crate::map::{GroupUpdate, Maps};
+use crate::store::Store;
+use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, Nonce, Seq};
+
+const PARALLEL_HEADERS: usize = 16;
+
+/// The newest complete state in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreEnd {
+    /// The last whole group.
+    pub group: GroupNo,
+    /// Its last entry.
+    pub through: Seq,
+    /// The last chunk number that counts.
+    pub last_chunk: ChunkNo,
+    /// Chunks found that do not count.
+    pub ignored: usize,
+}
+
+/// Where the checkpoint ends.
+#[must_use]
+pub fn checkpoint_end(m: &Manifest) -> StoreEnd {
+    m.checkpoint.as_ref().map_or(
+        StoreEnd { group: GroupNo(0), through: Seq(0), last_chunk: ChunkNo(0), ignored: 0 },
+        |c| StoreEnd { group: c.group, through: c.through, last_chunk: c.last_chunk, ignored: 0 },
+    )
+}
+
+/// Lists the chunks after the checkpoint, applies the whole groups to `maps` (which hold the checkpoint), and says
+/// where the store ends.
+///
+/// # Errors
+/// `Corrupt` when a header cannot be read, or a group that another one relies on is not whole; the store's.
+pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &Maps) -> Result<StoreEnd> {
+    let mut end = checkpoint_end(m);
+    let folder = format!("{prefix}chunks/");
+    // No epoch or nonce sorts above these: everything of the checkpoint's last number is skipped.
+    let after = header::key(prefix, end.last_chunk, Epoch(u64::from(u32::MAX)), Nonce(u64::MAX));
+    let listed = store
+        .list(&folder, Some(&after))
+        .await
+        .map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let mut keys = Vec::new();
+    for object in &listed {
+        let Some((chunk, epoch, nonce)) = object.key.strip_prefix(&folder).and_then(header::parse_key) else {
+            continue;
+        };
+        if chunk > end.last_chunk && m.owner(chunk) == Some((epoch, nonce)) {
+            keys.push(object.key.clone());
+        } else {
+            end.ignored += 1;
+        }
+    }
+    let headers: Vec<ChunkHeader> = stream::iter(&keys)
+        .map(|key| async move {
+            let h = fetch_header(store, key).await?;
+            if h.volume == m.uuid {
+                Ok(h)
+            } else {
+                Err(Error::new(ErrorKind::Corrupt, format!("{key} belongs to another volume ({})", h.volume)))
+            }
+        })
+        .buffered(PARALLEL_HEADERS)
+        .try_collect()
+        .await?;
+    let relied_on = headers.iter().map(|h| h.applied_through).max().unwrap_or_default();
+    let mut groups: BTreeMap<GroupNo, Vec<ChunkHeader>> = BTreeMap::new();
+    for h in headers {
+        groups.entry(h.group).or_default().push(h);
+    }
+    for (group, mut chunks) in groups {
+        chunks.sort_by_key(|h| h.index);
+        if group != end.group.next() || !is_whole(&chunks, end.through) {
+            end.ignored += chunks.len();
+            continue;
+        }
+        let mut update = GroupUpdate { last: chunks[0].through, ..GroupUpdate::default() };
+        let mut free_from = 0;
+        for h in &chunks {
+            for e in &h.extents {
+                let until = e.block.0.checked_add(e.blocks).filter(|u| *u <= m.size_bytes / BLOCK as u64);
+                match until {
+                    Some(until) if e.block.0 >= free_from => free_from = until,
+                    _ => {
+                        return Err(Error::new(
+                            ErrorKind::Corrupt,
+                            format!(
+                                "chunk {} of volume {:?} has an extent at block {} that does not fit the volume or its group",
+                                h.chunk, m.name, e.block
+                            ),
+                        ));
+                    }
+                }
+            }
+            update.extents.extend(map_extents(h, 0));
+            end.last_chunk = end.last_chunk.max(h.chunk);
+        }
+        maps.apply_group(&update);
+        end.group = group;
+        end.through = update.last;
+    }
+    if relied_on > end.group {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "group {} of volume {:?} is not whole in {}, but a later chunk says that group {relied_on} was: objects are missing",
+                end.group.next(),
+                m.name,
+                store.url()
+            ),
+        ));
+    }
+    Ok(end)
+}
+
+fn is_whole(chunks: &[ChunkHeader], after: Seq) -> bool {
+    let Some(first) = chunks.first() else { return false };
+    chunks.len() == first.count as usize
+        && chunks.iter().enumerate().all(|(i, h)| {
+            h.index as usize == i && h.after == after && h.through == first.through && h.count == first.count
+        })
+}
