@@ -6,9 +6,12 @@
 
 pub mod checksum;
 pub mod chunk;
+pub mod cli;
 pub mod codec;
+pub mod config;
 pub mod disk;
 pub mod error;
+pub mod frontend;
 pub mod lane;
 pub mod manifest;
 pub mod map;

@@ -1,0 +1,223 @@
+//! What the command line takes.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
+
+use crate::config::{ByteSize, VolumeName};
+
+/// A block device whose data lives in an object store.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vb-ublk",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = "Every setting is looked for on the command line, then in the environment, then in the configuration \
+                  file, under the name of the long option. Exit codes: 0 done, 1 failed, 2 bad usage."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Default, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Where the volumes are: file:///folder, memory:NAME or s3://bucket/prefix [env: VB_UBLK_STORE; default: the
+    /// folder `store` in the data folder]
+    #[arg(long, global = true, value_name = "URL", conflicts_with = "bucket")]
+    pub(crate) store: Option<String>,
+    /// Short for --store s3://BUCKET [env: AWS_BUCKET]
+    #[arg(long, global = true, value_name = "BUCKET")]
+    pub(crate) bucket: Option<String>,
+    /// The S3 server's URL, for all but AWS [env: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_HOST]
+    #[arg(long, global = true, value_name = "URL")]
+    pub(crate) endpoint: Option<String>,
+    /// The region of the bucket [env: AWS_REGION, AWS_DEFAULT_REGION]
+    #[arg(long, global = true)]
+    pub(crate) region: Option<String>,
+    /// The section of the AWS profile files to take credentials from [env: AWS_PROFILE]
+    #[arg(long, global = true)]
+    pub(crate) profile: Option<String>,
+    /// A PEM file with the only certificate authorities to trust [env: VB_UBLK_CA_CERT]
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) ca_cert: Option<PathBuf>,
+    /// Accept any certificate of the S3 server [env: VB_UBLK_INSECURE]
+    #[arg(long, global = true)]
+    pub(crate) insecure: bool,
+    /// Where logs and the default store are [env: VB_UBLK_DATA_DIR; default: /var/lib/vb-ublk as root]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Where the daemons' state is [env: VB_UBLK_RUN_DIR; default: /run/vb-ublk as root]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// The configuration file [env: VB_UBLK_CONFIG; default: /etc/vb-ublk/config.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+    /// Say more; twice, even more (RUST_LOG goes before this)
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    pub(crate) verbose: u8,
+    /// Say only what fails
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Attach a volume as a block device; prints its path once it serves
+    Add(Box<AddArgs>),
+    /// Detach: stop the device, upload what is left, release the volume
+    Del(DelArgs),
+    /// The volumes attached on this host
+    List(JsonArg),
+    /// All there is to know about the attached volumes
+    Status(StatusArgs),
+    /// What the kernel's ublk driver can do, and what is used of it
+    Features(JsonArg),
+    /// Volumes in the store
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Print the completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a folder
+    Man {
+        /// The folder, which has to be there
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct JsonArg {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddArgs {
+    /// The volume to attach
+    #[arg(long)]
+    pub(crate) volume: VolumeName,
+    /// Create the volume if it is not there
+    #[arg(long, requires = "size")]
+    pub(crate) create: bool,
+    /// The size of a volume to create, as in 10G
+    #[arg(long, requires = "create")]
+    pub(crate) size: Option<ByteSize>,
+    /// The device's number [default: the first free one]
+    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=MAX_DEVICE))]
+    pub(crate) number: Option<u32>,
+    /// Queues, each with a thread of its own [default: 1 for each CPU, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=32))]
+    pub(crate) queues: Option<u16>,
+    /// Requests in flight on each queue [default: 128]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) depth: Option<u16>,
+    /// Refuse writes
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The folder of the write-ahead log [default: `wal` in the data folder]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) wal_dir: Option<PathBuf>,
+    /// A whole block device as the write-ahead log; what is on it is lost
+    #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with_all = ["wal_dir", "wal_size"])]
+    pub(crate) wal_device: Option<PathBuf>,
+    /// The most that the write-ahead log takes [default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) wal_size: Option<ByteSize>,
+    /// The logical block size of a volume to create [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = logical_block, requires = "create")]
+    pub(crate) logical_block_size: Option<u32>,
+    /// Stay in the foreground, log to stderr
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// Take the volume over from another host, which can then write it no more
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Fail where the process cannot be protected against memory pressure, rather than warn
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+/// The kernel takes device numbers below 2^20 (its minors).
+const MAX_DEVICE: i64 = (1 << 20) - 1;
+
+pub(crate) fn logical_block(s: &str) -> Result<u32, String> {
+    match s {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("512 or 4096 is possible".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("which").required(true).args(["number", "volume", "all"]))]
+pub(crate) struct DelArgs {
+    /// The device's number
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) number: Option<u32>,
+    /// The volume
+    #[arg(long)]
+    pub(crate) volume: Option<VolumeName>,
+    /// All of this host
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Stop the device even though it is mounted or open
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Give up waiting after this many seconds; the upload goes on [default: wait for ever]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// The volume [default: all of this host]
+    pub(crate) volume: Option<VolumeName>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Create a volume, full of zeros
+    Create {
+        /// Its name
+        volume: VolumeName,
+        /// Its size, as in 10G
+        #[arg(long)]
+        size: ByteSize,
+        /// Its logical block size
+        #[arg(long, value_name = "BYTES", value_parser = logical_block, default_value = "512")]
+        logical_block_size: u32,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// The volumes in the store
+    List(JsonArg),
+    /// What the store knows about a volume
+    Info {
+        /// Its name
+        volume: VolumeName,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// Delete a volume and all its data
+    Delete {
+        /// Its name
+        volume: VolumeName,
+        /// Delete it even though a host has it attached
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+}

@@ -1,0 +1,166 @@
+//! Every call that the command line makes into the volume engine and the ublk frontend, in one place.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::frontend::ublk;
+use crate::lane::{Lane, LaneDisk, LaneTimer};
+use crate::store::retry::{Policy, Retry};
+use crate::store::{self, Store, StoreOptions, StoreUrl};
+use crate::volume::host::Host;
+use crate::volume::lane::VolumeLane;
+use crate::volume::{Volume, admin};
+use crate::wal;
+
+pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, StopHandle, device_path};
+pub(super) use crate::volume::admin::CreateOptions;
+pub(super) use crate::volume::host::AttachOptions;
+pub(super) use crate::wal::create::MAX_LOG_BYTES;
+
+/// Runs `f` with the store open, on a runtime that lives no longer than this call.
+fn with_store<T>(url: &StoreUrl, opts: &StoreOptions, f: impl AsyncFnOnce(&dyn Store) -> Result<T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context(|| "starting the runtime for the store's requests")?;
+    runtime.block_on(async {
+        let store = store::open(url, opts).await.context(|| format!("opening the store {url}"))?;
+        let store: Arc<dyn Store> = Arc::new(Retry::new(store, Policy::attach()));
+        f(&*store).await
+    })
+}
+
+/// Seconds since 1970.
+pub(super) fn now_unix() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn json(v: &impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(v).map_err(|e| Error::new(ErrorKind::Internal, "writing JSON").with_source(e))
+}
+
+pub(super) fn create(url: &StoreUrl, opts: &StoreOptions, name: &str, create: &CreateOptions) -> Result<Value> {
+    let opts = StoreOptions { create: true, ..opts.clone() };
+    with_store(url, &opts, async |s| json(&admin::create(s, name, create, now_unix()).await?))
+}
+
+/// Creates the volume unless it is there already, with the same size.
+pub(super) fn ensure(url: &StoreUrl, opts: &StoreOptions, name: &str, create: &CreateOptions) -> Result<()> {
+    let opts = StoreOptions { create: true, ..opts.clone() };
+    with_store(url, &opts, async |s| {
+        match admin::create(s, name, create, now_unix()).await {
+            Ok(_) => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::Exists => {}
+            Err(e) => return Err(e),
+        }
+        let there = admin::info(s, name).await?.size_bytes;
+        if there == create.size_bytes {
+            return Ok(());
+        }
+        let what = format!(
+            "volume {name} exists already in {url} with {there} bytes, not {}: leave out --create to attach it as it is",
+            create.size_bytes
+        );
+        Err(Error::new(ErrorKind::Exists, what))
+    })
+}
+
+/// The names of all volumes, in order. A store whose folder was never made has none.
+pub(super) fn list(url: &StoreUrl, opts: &StoreOptions) -> Result<Vec<String>> {
+    with_store(url, opts, async |s| admin::list(s).await)
+}
+
+pub(super) fn info(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Value> {
+    with_store(url, opts, async |s| json(&admin::info(s, name).await?))
+}
+
+/// Deletes a volume; returns how many objects that were.
+pub(super) fn delete(url: &StoreUrl, opts: &StoreOptions, name: &str, force: bool) -> Result<u64> {
+    with_store(url, opts, async |s| admin::delete(s, name, force).await)
+}
+
+/// An attached volume.
+pub(super) struct Attached(Host);
+
+/// Looks at an attached volume from other threads.
+#[derive(Clone)]
+pub(super) struct View(Arc<Volume>);
+
+impl View {
+    pub(super) fn status(&self) -> Result<Value> {
+        json(&self.0.status())
+    }
+}
+
+impl Attached {
+    /// Blocks until the volume can serve.
+    pub(super) fn attach(opts: AttachOptions) -> Result<Self> {
+        Host::attach(opts).map(Self)
+    }
+
+    pub(super) fn view(&self) -> View {
+        View(Arc::clone(self.0.volume()))
+    }
+
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.0.volume().size_bytes()
+    }
+
+    pub(super) fn logical_block(&self) -> u32 {
+        self.0.volume().logical_block()
+    }
+
+    /// Serves the device until it is stopped.
+    pub(super) fn serve(
+        &self,
+        spec: &DeviceSpec,
+        ready: impl FnOnce(&ublk::DeviceInfo),
+        stop: &StopHandle,
+    ) -> Result<()> {
+        let volume = Arc::clone(self.0.volume());
+        let make = move |_queue: u16, lane: &Lane| -> Result<Rc<VolumeLane<LaneDisk, LaneTimer>>> {
+            // A dup shares the open file description, and with it the lock.
+            let log = volume.log_file().dup().context(|| "opening the write-ahead log for a queue")?;
+            let disk = LaneDisk::new(lane, Arc::new(log));
+            Ok(VolumeLane::new(Arc::clone(&volume), disk, LaneTimer::new(lane)))
+        };
+        ublk::serve(spec, make, ready, stop)
+    }
+
+    /// Uploads what is left and releases the volume; may take long.
+    pub(super) fn detach(self) -> Result<()> {
+        self.0.detach()
+    }
+}
+
+/// What the kernel says of a device; `None` when there is none.
+pub(super) fn device(id: u32) -> Result<Option<ublk::DeviceStatus>> {
+    // Without a driver there is no device.
+    if !Path::new("/dev/ublk-control").exists() {
+        return Ok(None);
+    }
+    ublk::device_info(id)
+}
+
+/// Whether a log may have this size.
+pub(super) fn check_log_size(bytes: u64) -> Result<()> {
+    wal::create::geometry_for(bytes).map(drop)
+}
+
+/// Whether the driver is there and this process may use it.
+pub(super) fn driver() -> Result<ublk::KernelFeatures> {
+    ublk::features()
+}
+
+pub(super) fn delete_dead(id: u32) -> Result<()> {
+    ublk::delete_dead(id)
+}
+
+/// Whether the device, or a partition of it, is mounted or held by another device.
+pub(super) fn is_in_use(path: &Path) -> bool {
+    ublk::is_in_use(path)
+}

@@ -1,0 +1,403 @@
+//! The process that serves a volume: attach, serve, detach.
+//!
+//! Invariants:
+//! - Signals are blocked before the first thread starts, and taken from a signalfd: they interrupt no control
+//!   command of the driver.
+//! - The main thread attaches, is the device's control thread while it serves, and detaches. Signals and the
+//!   control socket have a thread each, which only ask it to stop.
+//! - The phase goes attaching → serving → detaching, never back.
+//! - The state file says what is true before anyone is told: it names the device before the parent reports it, and is
+//!   gone, or has the last words, before the lock is.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use serde_json::{Value, json};
+
+use super::control::{self, Daemon};
+use super::daemonize::Reporter;
+use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, DeviceState, StopHandle, View};
+use super::output::print;
+use super::protect;
+use super::state::{Held, RunDir, State};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// All that a serving process needs.
+pub(super) struct Plan {
+    pub(super) attach: AttachOptions,
+    /// Create the volume if it is missing.
+    pub(super) create: Option<CreateOptions>,
+    /// Size and logical block are filled in when the volume is attached.
+    pub(super) spec: DeviceSpec,
+    pub(super) state: State,
+    pub(super) strict: bool,
+    pub(super) run: RunDir,
+    pub(super) held: Held,
+}
+
+/// Who wants to know that the device serves.
+pub(super) struct Told(RefCell<Option<Reporter>>);
+
+impl Told {
+    /// Whoever reads stdout.
+    pub(super) fn terminal() -> Self {
+        Self(RefCell::new(None))
+    }
+
+    /// The process that started this one.
+    pub(super) fn parent(reporter: Reporter) -> Self {
+        Self(RefCell::new(Some(reporter)))
+    }
+
+    fn ready(&self, device: &str) {
+        match self.0.take() {
+            Some(reporter) => reporter.ready(device),
+            None => {
+                if let Err(e) = print(&format!("{device}\n")) {
+                    tracing::warn!("{e}");
+                }
+            }
+        }
+    }
+
+    /// Nobody hears it who has been told that the device serves.
+    pub(super) fn failed(&self, e: &Error) {
+        if let Some(reporter) = self.0.take() {
+            reporter.failed(e);
+        }
+    }
+}
+
+/// The device that a dead daemon left in the kernel, if it is still there and still its own.
+pub(super) fn device_left_by(state: &State) -> Result<Option<u32>> {
+    let Some(n) = state.device else { return Ok(None) };
+    let left = engine::device(n)?.is_some_and(|d| is_left_by(d.state, d.pid, state.pid));
+    Ok(left.then_some(n))
+}
+
+/// Whether a device of the number that process `dead` had is what that left. The kernel forgets the process when it
+/// has noticed its death; a device that another one serves since has a process.
+fn is_left_by(state: DeviceState, pid: i32, dead: u32) -> bool {
+    u32::try_from(pid) == Ok(dead) || (pid <= 0 && state != DeviceState::Live)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Attaching,
+    Serving,
+    Detaching,
+}
+
+impl Phase {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Attaching => "attaching",
+            Self::Serving => "serving",
+            Self::Detaching => "detaching",
+        }
+    }
+}
+
+/// What the threads share.
+struct Shared {
+    phase: Mutex<Phase>,
+    state: Mutex<State>,
+    view: OnceLock<View>,
+    stop: StopHandle,
+    run: RunDir,
+    begun: Instant,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change is one assignment: a panic elsewhere leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and writes it down.
+    fn record(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+        let mut state = self.state();
+        change(&mut state);
+        self.run.write(&state)
+    }
+
+    /// Begins to stop. Without `force`, not while the device is in use.
+    fn begin_stop(&self, force: bool) -> Result<()> {
+        let (volume, device) = {
+            let state = self.state();
+            (state.volume.clone(), state.device_path())
+        };
+        let phase = *self.phase();
+        match phase {
+            Phase::Detaching => return Ok(()),
+            Phase::Attaching => {
+                let what = format!("volume {volume} is still being attached: try again in a moment");
+                return Err(Error::new(ErrorKind::Busy, what));
+            }
+            Phase::Serving => {}
+        }
+        // No lock is held meanwhile: opening the device may take time.
+        if let Some(device) = device
+            && engine::is_in_use(&device)
+        {
+            let device = device.display();
+            if !force {
+                let what = format!(
+                    "{device} is mounted or in use: unmount it first (or use --force: programs that use it fail then)"
+                );
+                return Err(Error::new(ErrorKind::Busy, what));
+            }
+            tracing::warn!("{device} is stopped although it is mounted or in use");
+        }
+        *self.phase() = Phase::Detaching;
+        self.stop.stop();
+        Ok(())
+    }
+}
+
+/// For the control thread.
+struct Answers(Arc<Shared>);
+
+impl Daemon for Answers {
+    fn status(&self) -> Result<Value> {
+        let phase = *self.0.phase();
+        let state = self.0.state().clone();
+        Ok(json!({
+            "volume": state.volume,
+            "device": state.device_path(),
+            "state": phase.name(),
+            "pid": state.pid,
+            "started_unix_secs": state.started_unix_secs,
+            "uptime_secs": self.0.begun.elapsed().as_secs(),
+            "store": state.store,
+            "wal": state.wal,
+            "daemon_log": state.daemon_log,
+            "engine": self.0.view.get().map(View::status).transpose()?,
+        }))
+    }
+
+    fn detach(&self, force: bool) -> Result<()> {
+        self.0.begin_stop(force)?;
+        tracing::info!("asked to detach");
+        Ok(())
+    }
+}
+
+/// Serves until somebody stops the device; then uploads what is left.
+pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
+    let signals = block_signals()?;
+    protect::io_flusher(plan.strict)?;
+    let Plan { attach, create, spec, state, strict, run, held } = plan;
+    let (volume, daemon) = (state.volume.clone(), state.daemon_log.is_some());
+    let listener = control::listen(&run.socket_path(&volume)?)?;
+    let shared = Arc::new(Shared {
+        phase: Mutex::new(Phase::Attaching),
+        state: Mutex::new(state),
+        view: OnceLock::new(),
+        stop: StopHandle::new()?,
+        run,
+        begun: Instant::now(),
+    });
+    shared.record(|_| {})?;
+    control::spawn(listener, Answers(Arc::clone(&shared)))?;
+    heed_signals(signals, Arc::clone(&shared), daemon)?;
+
+    let done = attach_and_serve(&shared, attach, create, spec, strict, told);
+    match &done {
+        // Who waits for the start hears it. Later on nobody does: the last words are left where `del` and `list` look.
+        Err(e) if *shared.phase() != Phase::Attaching => {
+            let words = e.to_string();
+            let device_stays = shared.state().device.is_some_and(|n| engine::device(n).is_ok_and(|d| d.is_some()));
+            shared.record(|s| {
+                s.failure = Some(words);
+                if !device_stays {
+                    s.device = None;
+                }
+            })?;
+        }
+        _ => shared.run.remove(&volume)?,
+    }
+    drop(held);
+    done
+}
+
+fn attach_and_serve(
+    shared: &Shared,
+    attach: AttachOptions,
+    create: Option<CreateOptions>,
+    mut spec: DeviceSpec,
+    strict: bool,
+    told: &Told,
+) -> Result<()> {
+    if let Some(create) = &create {
+        engine::ensure(&attach.store_url, &attach.store_options, &attach.volume, create)?;
+    }
+    let volume = attach.volume.clone();
+    tracing::info!("attaching volume {volume} of {}", attach.store_url);
+    let attached = Attached::attach(attach)?;
+    // Set once, here alone.
+    let _ = shared.view.set(attached.view());
+    spec.size_bytes = attached.size_bytes();
+    spec.logical_block = attached.logical_block();
+    let served = protect::memory(strict).and_then(|()| {
+        attached.serve(
+            &spec,
+            |device| {
+                let path = device.path.display().to_string();
+                if let Err(e) = shared.record(|s| s.device = Some(device.id)) {
+                    tracing::error!("{e}; other commands will not find the device");
+                }
+                *shared.phase() = Phase::Serving;
+                tracing::info!("volume {volume} serves as {path}, {} queues of {}", device.queues, device.depth);
+                told.ready(&path);
+            },
+            &shared.stop,
+        )
+    });
+    {
+        let mut phase = shared.phase();
+        // A device that never served: whoever waits for the start hears it.
+        if *phase == Phase::Serving {
+            *phase = Phase::Detaching;
+        }
+    }
+    if let Err(e) = &served {
+        tracing::error!("{e}");
+    }
+    tracing::info!("detaching volume {volume}: uploading what is left");
+    let log = shared.state().wal.clone();
+    let detached = attached.detach().map_err(|e| {
+        e.context(format!(
+            "detaching volume {volume}: not all is uploaded; the log {} keeps it, attach again on this host to upload it",
+            log.display()
+        ))
+    });
+    if detached.is_ok() {
+        tracing::info!("volume {volume} is detached");
+    }
+    served.and(detached)
+}
+
+fn block_signals() -> Result<SignalFd> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()
+        .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC))
+        .map_err(|e| Error::io("taking signals from a signalfd", e.into()))
+}
+
+fn heed_signals(signals: SignalFd, shared: Arc<Shared>, daemon: bool) -> Result<()> {
+    let run = move || {
+        loop {
+            let signal = match signals.read_signal() {
+                Ok(Some(info)) => i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok()),
+                Ok(None) => continue,
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(e) => {
+                    tracing::error!("reading signals: {e}; stop with `vb-ublk del`");
+                    return;
+                }
+            };
+            let Some(signal) = signal else { continue };
+            if daemon && signal == Signal::SIGHUP {
+                tracing::info!("SIGHUP: there is nothing to reload");
+                continue;
+            }
+            let phase = *shared.phase();
+            match phase {
+                Phase::Serving => {
+                    tracing::info!("{signal}: stopping");
+                    if let Err(e) = shared.begin_stop(true) {
+                        tracing::warn!("{e}");
+                    }
+                }
+                Phase::Attaching | Phase::Detaching => leave(&shared, signal, phase),
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(run)
+        .map(drop)
+        .context(|| "starting the thread that takes signals")
+}
+
+/// Ends the process in the middle of attaching, or while what is left is uploaded: safe at any time, because the log
+/// has all.
+fn leave(shared: &Shared, signal: Signal, phase: Phase) -> ! {
+    let state = shared.state();
+    tracing::warn!(
+        "{signal} while {}: ending now; the log {} keeps what is not uploaded",
+        phase.name(),
+        state.wal.display()
+    );
+    let device_stays = state.device.is_some_and(|n| Path::new(&format!("/dev/ublkc{n}")).exists());
+    // A device that stays needs its state, so that `del` can remove it.
+    if !device_stays && let Err(e) = shared.run.remove(&state.volume) {
+        tracing::warn!("{e}");
+    }
+    std::process::exit(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared(run: &RunDir) -> Arc<Shared> {
+        let state = State::new("v".parse().expect("name"), "file:///s".into(), "/w".into(), None);
+        Arc::new(Shared {
+            phase: Mutex::new(Phase::Attaching),
+            state: Mutex::new(state),
+            view: OnceLock::new(),
+            stop: StopHandle::new().expect("stop"),
+            run: run.clone(),
+            begun: Instant::now(),
+        })
+    }
+
+    #[test]
+    fn a_detach_waits_for_the_attach_and_happens_once() {
+        let dir = tempfile::tempdir().expect("dir");
+        let run = RunDir::create(dir.path()).expect("run");
+        let shared = shared(&run);
+        let answers = Answers(Arc::clone(&shared));
+        assert_eq!(answers.status().expect("status")["state"], "attaching");
+        assert_eq!(answers.detach(false).expect_err("attaching").kind(), ErrorKind::Busy);
+        assert!(!shared.stop.is_stopped());
+        *shared.phase() = Phase::Serving;
+        shared.record(|s| s.device = Some(1_000_000)).expect("record");
+        assert_eq!(answers.status().expect("status")["device"], "/dev/ublkb1000000");
+        answers.detach(false).expect("free");
+        assert!(shared.stop.is_stopped());
+        answers.detach(false).expect("again");
+        assert_eq!(answers.status().expect("status")["state"], "detaching");
+        assert_eq!(run.read(&"v".parse().expect("name")).expect("read").expect("state").device, Some(1_000_000));
+    }
+
+    #[test]
+    fn a_dead_ones_device_is_known_before_and_after_the_kernel_notices() {
+        use DeviceState::{Dead, FailIo, Live, Quiesced};
+        for (state, pid, left) in [
+            (Live, 7, true),
+            (Quiesced, 7, true),
+            (Quiesced, -1, true),
+            (FailIo, -1, true),
+            (Dead, -1, true),
+            (Live, 8, false),
+            (Quiesced, 8, false),
+            (Live, -1, false),
+        ] {
+            assert_eq!(is_left_by(state, pid, 7), left, "{state} {pid}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Brings flags, environment, configuration file and defaults together, in this order.
+//!
+//! The environment is a parameter, so that tests can own it. What the S3 client reads from the
+//! environment by itself (`AWS_*`) is not read here, but goes before what the file says all the same.
+
+use std::path::{Path, PathBuf};
+
+use super::args::Global;
+use crate::config::FileConfig;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::{StoreOptions, StoreUrl};
+
+const SYSTEM_CONFIG: &str = "/etc/vb-ublk/config.toml";
+
+/// What every command works with. All paths are absolute.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) store: StoreUrl,
+    pub(crate) store_options: StoreOptions,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    /// For the settings of single commands.
+    pub(crate) file: FileConfig,
+}
+
+/// Where settings come from, besides the command line.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) env: &'a dyn Fn(&str) -> Option<String>,
+    pub(crate) root: bool,
+}
+
+impl Surroundings<'_> {
+    /// The first of these that is set and not empty.
+    fn first(&self, names: &[&str]) -> Option<String> {
+        names.iter().find_map(|n| (self.env)(n).filter(|v| !v.is_empty()))
+    }
+
+    fn flag(&self, name: &str) -> Result<Option<bool>> {
+        match self.first(&[name]).as_deref() {
+            None => Ok(None),
+            Some("1" | "true" | "yes") => Ok(Some(true)),
+            Some("0" | "false" | "no") => Ok(Some(false)),
+            Some(other) => Err(Error::new(ErrorKind::Usage, format!("{name} is {other:?}: set it to true or false"))),
+        }
+    }
+
+    /// An XDG folder; the specification says to ignore relative ones.
+    fn xdg(&self, name: &str) -> Option<PathBuf> {
+        self.first(&[name]).map(PathBuf::from).filter(|p| p.is_absolute())
+    }
+}
+
+impl Settings {
+    /// Of this process.
+    pub(crate) fn of_process(global: &Global) -> Result<Self> {
+        let env = |name: &str| std::env::var(name).ok();
+        Self::resolve(global, &Surroundings { env: &env, root: nix::unistd::geteuid().is_root() })
+    }
+
+    pub(crate) fn resolve(global: &Global, around: &Surroundings<'_>) -> Result<Self> {
+        let named = global.config.clone().or_else(|| around.first(&["VB_UBLK_CONFIG"]).map(PathBuf::from));
+        let file = match &named {
+            Some(path) => FileConfig::load(path, true)?,
+            None => FileConfig::load(Path::new(SYSTEM_CONFIG), false)?,
+        };
+        let path = |flag: &Option<PathBuf>, name: &str, file: &Option<PathBuf>| {
+            flag.clone().or_else(|| around.first(&[name]).map(PathBuf::from)).or_else(|| file.clone())
+        };
+
+        let data_dir = path(&global.data_dir, "VB_UBLK_DATA_DIR", &file.data_dir);
+        let data_dir = absolute(data_dir.map_or_else(|| default_data_dir(around), Ok)?)?;
+        let run_dir = path(&global.run_dir, "VB_UBLK_RUN_DIR", &file.run_dir);
+        let run_dir = absolute(run_dir.map_or_else(|| default_run_dir(around), Ok)?)?;
+        let ca_cert = path(&global.ca_cert, "VB_UBLK_CA_CERT", &file.ca_cert).map(absolute).transpose()?;
+
+        let bucket = |b: &str| format!("s3://{b}");
+        let from_flag = global.store.clone().or_else(|| global.bucket.as_deref().map(bucket));
+        let from_env =
+            || around.first(&["VB_UBLK_STORE"]).or_else(|| around.first(&["AWS_BUCKET"]).map(|b| bucket(&b)));
+        let from_file = || file.store.clone().or_else(|| file.bucket.as_deref().map(bucket));
+        let (store, is_default) = match from_flag.or_else(from_env).or_else(from_file) {
+            Some(url) => (StoreUrl::parse(&url, around.env)?, false),
+            None => (StoreUrl::File { root: data_dir.join("store") }, true),
+        };
+
+        // The S3 client reads these itself; here they only keep the file's settings back.
+        let unless_env = |flag: &Option<String>, names: &[&str], file: &Option<String>| {
+            flag.clone().or_else(|| if around.first(names).is_some() { None } else { file.clone() })
+        };
+        let store_options = StoreOptions {
+            create: is_default,
+            endpoint: unless_env(
+                &global.endpoint,
+                &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_HOST"],
+                &file.endpoint,
+            ),
+            region: unless_env(&global.region, &["AWS_REGION", "AWS_DEFAULT_REGION"], &file.region),
+            profile: unless_env(
+                &global.profile,
+                &["AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY"],
+                &file.profile,
+            ),
+            ca_cert,
+            insecure: global.insecure || around.flag("VB_UBLK_INSECURE")?.or(file.insecure).unwrap_or(false),
+            ..StoreOptions::default()
+        };
+        Ok(Self { store, store_options, data_dir, run_dir, file })
+    }
+}
+
+fn absolute(path: PathBuf) -> Result<PathBuf> {
+    std::path::absolute(&path).context(|| format!("finding the absolute path of {:?}", path.display()))
+}
+
+fn default_data_dir(around: &Surroundings<'_>) -> Result<PathBuf> {
+    if around.root {
+        return Ok("/var/lib/vb-ublk".into());
+    }
+    around
+        .xdg("XDG_STATE_HOME")
+        .or_else(|| around.xdg("HOME").map(|h| h.join(".local/state")))
+        .map(|d| d.join("vb-ublk"))
+        .ok_or_else(|| Error::new(ErrorKind::Usage, "neither XDG_STATE_HOME nor HOME is set: give --data-dir"))
+}
+
+fn default_run_dir(around: &Surroundings<'_>) -> Result<PathBuf> {
+    if around.root {
+        return Ok("/run/vb-ublk".into());
+    }
+    match around.xdg("XDG_RUNTIME_DIR") {
+        Some(d) => Ok(d.join("vb-ublk")),
+        // Not a folder in /tmp, which others could have made before us.
+        None => Ok(default_data_dir(around)?.join("run")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(global: &Global, env: &[(&str, &str)], file: &str) -> Result<Settings> {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, file).expect("write");
+        let global = Global { config: Some(path), ..global.clone() };
+        let env = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        Settings::resolve(&global, &Surroundings { env: &env, root: true })
+    }
+
+    #[test]
+    fn flag_then_environment_then_file_then_default() {
+        let file = "store = \"file:///file\"\nrun-dir = \"/file\"\nendpoint = \"http://file\"\nprofile = \"file\"\n";
+        let none = Global::default();
+        let flags = Global {
+            store: Some("file:///flag".into()),
+            run_dir: Some("/flag".into()),
+            endpoint: Some("http://flag".into()),
+            ..Global::default()
+        };
+        let env = [
+            ("VB_UBLK_STORE", "file:///env"),
+            ("VB_UBLK_RUN_DIR", "/env"),
+            ("AWS_HOST", "env"),
+            ("AWS_ACCESS_KEY_ID", "k"),
+        ];
+        let seen = |g: &Global, env: &[(&str, &str)], file: &str| {
+            let s = resolve(g, env, file).expect("resolve");
+            (s.store.to_string(), s.run_dir.display().to_string(), s.store_options.endpoint, s.store_options.profile)
+        };
+        let some = |s: &str| Some(s.to_owned());
+        assert_eq!(seen(&flags, &env, file), ("file:///flag".into(), "/flag".into(), some("http://flag"), None));
+        assert_eq!(seen(&none, &env, file), ("file:///env".into(), "/env".into(), None, None));
+        assert_eq!(seen(&none, &[], file), ("file:///file".into(), "/file".into(), some("http://file"), some("file")));
+        assert_eq!(seen(&none, &[], ""), ("file:///var/lib/vb-ublk/store".into(), "/run/vb-ublk".into(), None, None));
+        assert!(resolve(&none, &[], "").expect("default").store_options.create);
+        assert!(!resolve(&none, &[], file).expect("file").store_options.create);
+    }
+
+    #[test]
+    fn a_bucket_is_a_short_store() {
+        let flag = Global { bucket: Some("flag".into()), ..Global::default() };
+        let store =
+            |g: &Global, env: &[(&str, &str)], file: &str| resolve(g, env, file).expect("store").store.to_string();
+        assert_eq!(store(&flag, &[("AWS_BUCKET", "env")], "bucket = \"file\""), "s3://flag");
+        assert_eq!(store(&Global::default(), &[("AWS_BUCKET", "env")], "bucket = \"file\""), "s3://env");
+        assert_eq!(store(&Global::default(), &[("AWS_BUCKET", "")], "bucket = \"file\""), "s3://file");
+        let bad = Global { bucket: Some("a b".into()), ..Global::default() };
+        assert_eq!(resolve(&bad, &[], "").expect_err("bad bucket").kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn insecure_is_a_yes_or_no() {
+        let none = Global::default();
+        let insecure = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.store_options.insecure);
+        assert!(insecure(&[("VB_UBLK_INSECURE", "true")], "").expect("env"));
+        assert!(!insecure(&[("VB_UBLK_INSECURE", "0")], "insecure = true").expect("env first"));
+        assert!(insecure(&[], "insecure = true").expect("file"));
+        assert!(insecure(&[("VB_UBLK_INSECURE", "maybe")], "").is_err());
+    }
+
+    #[test]
+    fn an_ordinary_user_has_folders_of_their_own() {
+        let of = |env: &[(&str, &str)]| {
+            let env = |name: &str| env.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+            let around = Surroundings { env: &env, root: false };
+            (default_data_dir(&around).ok(), default_run_dir(&around).ok())
+        };
+        let paths = |a: &str, b: &str| (Some(a.into()), Some(b.into()));
+        assert_eq!(of(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/r")]), paths("/h/.local/state/vb-ublk", "/r/vb-ublk"));
+        assert_eq!(of(&[("HOME", "/h"), ("XDG_STATE_HOME", "/s")]), paths("/s/vb-ublk", "/s/vb-ublk/run"));
+        assert_eq!(of(&[("HOME", "relative")]), (None, None));
+    }
+}

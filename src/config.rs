@@ -1,0 +1,301 @@
+//! Settings as people write them: sizes, volume names, and the configuration file.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// The most bytes that a configuration file may have.
+pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// The most characters of a volume's name.
+pub const MAX_NAME: usize = 128;
+
+/// A number of bytes, written `512M`, `10G`, `4KiB` or `1048576`. The units are powers of 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+impl FromStr for ByteSize {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let bad = |why: &str| {
+            Error::new(
+                ErrorKind::Usage,
+                format!("{:?} is not a size: {why}, as in 512M, 10G, 4KiB or 1048576", shown(s)),
+            )
+        };
+        let digits = s.len() - s.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, unit) = s.split_at(digits);
+        if number.is_empty() {
+            return Err(bad("give a whole number with a unit"));
+        }
+        if unit.starts_with(['.', ',']) {
+            return Err(bad("only whole numbers are taken"));
+        }
+        let lower = unit.to_ascii_lowercase();
+        let shift = match lower.strip_suffix("ib").unwrap_or(&lower) {
+            "" if lower.is_empty() => 0,
+            "b" if lower == "b" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            "kb" | "mb" | "gb" | "tb" => return Err(bad("units are powers of 1024, written K, M, G or T")),
+            _ => return Err(bad("the unit must be K, M, G or T")),
+        };
+        let too_large = || bad("it is too large");
+        let number: u64 = number.parse().map_err(|_| too_large())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(too_large)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&crate::units::human_bytes(self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Text(String),
+        }
+        match Written::deserialize(d) {
+            Ok(Written::Number(n)) => Ok(Self(n)),
+            Ok(Written::Text(s)) => s.parse().map_err(serde::de::Error::custom),
+            Err(_) => Err(serde::de::Error::custom("a size must be a whole number or a text such as \"10G\"")),
+        }
+    }
+}
+
+/// The start of what somebody wrote, for an error message.
+fn shown(s: &str) -> String {
+    s.chars().take(80).collect()
+}
+
+/// A volume's name: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Never empty, never a path.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct VolumeName(String);
+
+impl VolumeName {
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for VolumeName {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let why = if s.is_empty() {
+            "it is empty"
+        } else if s.len() > MAX_NAME {
+            "it is longer than 128 characters"
+        } else if !s.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+            "it must begin with a letter or a digit"
+        } else if !s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
+            "only letters, digits, `.`, `_` and `-` are allowed"
+        } else {
+            return Ok(Self(s.to_owned()));
+        };
+        Err(Error::new(ErrorKind::Usage, format!("{:?} cannot be a volume's name: {why}", shown(s))))
+    }
+}
+
+impl fmt::Display for VolumeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for VolumeName {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The configuration file: the same keys as the command line's long options.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FileConfig {
+    /// `--store`.
+    pub store: Option<String>,
+    /// `--bucket`.
+    pub bucket: Option<String>,
+    /// `--endpoint`.
+    pub endpoint: Option<String>,
+    /// `--region`.
+    pub region: Option<String>,
+    /// `--profile`.
+    pub profile: Option<String>,
+    /// `--ca-cert`.
+    pub ca_cert: Option<PathBuf>,
+    /// `--insecure`.
+    pub insecure: Option<bool>,
+    /// `--data-dir`.
+    pub data_dir: Option<PathBuf>,
+    /// `--run-dir`.
+    pub run_dir: Option<PathBuf>,
+    /// `add --queues`.
+    pub queues: Option<u16>,
+    /// `add --depth`.
+    pub depth: Option<u16>,
+    /// `add --wal-dir`.
+    pub wal_dir: Option<PathBuf>,
+    /// `add --wal-size`.
+    pub wal_size: Option<ByteSize>,
+    /// `add --strict`.
+    pub strict: Option<bool>,
+}
+
+impl FileConfig {
+    /// Parses the text of a file; `path` is for messages.
+    ///
+    /// # Errors
+    /// `Usage`, with the file, the line and the key.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|e| {
+            let line =
+                e.span().map_or(1, |s| text.as_bytes().iter().take(s.start).filter(|b| **b == b'\n').count() + 1);
+            let message: Vec<&str> = e.message().lines().map(str::trim).collect();
+            Error::new(
+                ErrorKind::Usage,
+                format!("configuration file {}, line {line}: {}", path.display(), message.join(" ")),
+            )
+        })?;
+        if config.store.is_some() && config.bucket.is_some() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("configuration file {} has both `store` and `bucket`: keep one of them", path.display()),
+            ));
+        }
+        Ok(config)
+    }
+
+    /// Reads a file. A missing one is an error only when it is `required`; else it has no settings.
+    ///
+    /// # Errors
+    /// `Usage` for what it says, else the kind of the I/O error.
+    pub fn load(path: &Path, required: bool) -> Result<Self> {
+        use std::io::Read;
+        let file = match std::fs::File::open(path) {
+            Ok(f) => f,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !required => return Ok(Self::default()),
+            Err(e) => return Err(e).context(|| format!("opening the configuration file {}", path.display())),
+        };
+        let mut text = Vec::new();
+        file.take(MAX_CONFIG_BYTES + 1)
+            .read_to_end(&mut text)
+            .context(|| format!("reading the configuration file {}", path.display()))?;
+        let bad = |why| Error::new(ErrorKind::Usage, format!("the configuration file {} is {why}", path.display()));
+        if text.len() as u64 > MAX_CONFIG_BYTES {
+            return Err(bad("larger than 1 MiB"));
+        }
+        Self::parse(&String::from_utf8(text).map_err(|_| bad("not UTF-8 text"))?, path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1048576", 1 << 20),
+            ("10G", 10 << 30),
+            ("10GiB", 10 << 30),
+            ("512m", 512 << 20),
+            ("4KiB", 4096),
+            ("3T", 3 << 40),
+            ("7B", 7),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(text.parse::<ByteSize>().expect(text).0, bytes, "{text}");
+        }
+        for (text, why) in [
+            ("", "whole number"),
+            ("G", "whole number"),
+            ("-1", "whole number"),
+            (" 1G", "whole number"),
+            ("1 G", "unit"),
+            ("1.5G", "whole numbers"),
+            ("10GB", "powers of 1024"),
+            ("10X", "unit"),
+            ("10iB", "unit"),
+            ("10BiB", "unit"),
+            ("18446744073709551616", "too large"),
+            ("99999999T", "too large"),
+            ("1\u{0660}", "unit"),
+        ] {
+            let e = text.parse::<ByteSize>().expect_err(text);
+            assert_eq!(e.kind(), ErrorKind::Usage);
+            assert!(e.to_string().contains(why), "{text}: {e}");
+        }
+        assert!("9".repeat(100_000).parse::<ByteSize>().expect_err("long").to_string().len() < 300);
+    }
+
+    #[test]
+    fn names() {
+        for good in ["a", "0", "vol-0123456789abcdef0", "A.b_c-d", &"x".repeat(128)] {
+            assert_eq!(good.parse::<VolumeName>().expect(good).as_str(), good);
+        }
+        for bad in ["", ".", "..", "-a", ".a", "_a", "a/b", "a b", "a\n", "é", "a\0", &"x".repeat(129)] {
+            assert_eq!(bad.parse::<VolumeName>().expect_err(bad).kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn the_file_has_the_long_options() {
+        let c = FileConfig::parse(
+            "bucket = \"b\"\nca-cert = \"/c.pem\"\ninsecure = true\nwal-size = \"2G\"\nqueues = 2\n",
+            Path::new("/etc/x.toml"),
+        )
+        .expect("parse");
+        assert_eq!(c.bucket.as_deref(), Some("b"));
+        assert_eq!(c.wal_size, Some(ByteSize(2 << 30)));
+        assert_eq!(c.queues, Some(2));
+        assert_eq!(FileConfig::parse("", Path::new("x")).expect("empty"), FileConfig::default());
+    }
+
+    #[test]
+    fn bad_files_are_refused_on_one_line() {
+        for (text, words) in [
+            ("region = \"x\"\nstroe = \"s3://b\"\n", &["/etc/x.toml", "line 2", "stroe"][..]),
+            ("store = 5\n", &["/etc/x.toml", "line 1"]),
+            ("store = \"a\"\nbucket = \"b\"\n", &["both"]),
+            ("wal-size = \"2Q\"\n", &["2Q", "unit"]),
+            ("wal-size = -1\n", &["size"]),
+            ("queues = 70000\n", &["line 1"]),
+            ("]]]", &["line 1"]),
+        ] {
+            let e = FileConfig::parse(text, Path::new("/etc/x.toml")).expect_err(text);
+            assert_eq!(e.kind(), ErrorKind::Usage, "{e}");
+            let e = e.to_string();
+            assert!(!e.contains('\n'), "{e}");
+            for w in words {
+                assert!(e.contains(w), "{text}: {e}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_named_file_has_to_be_there() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("none.toml");
+        assert_eq!(FileConfig::load(&path, false).expect("default"), FileConfig::default());
+        assert_eq!(FileConfig::load(&path, true).expect_err("named").kind(), ErrorKind::NotFound);
+        std::fs::write(&path, [0xff, 0xfe]).expect("write");
+        assert_eq!(FileConfig::load(&path, false).expect_err("binary").kind(), ErrorKind::Usage);
+    }
+}

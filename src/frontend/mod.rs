@@ -1,0 +1,3 @@
+//! Ways in: what serves a volume to the world. Frontends never import each other.
+
+pub mod ublk;
