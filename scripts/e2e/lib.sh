@@ -1,0 +1,126 @@
+# shellcheck shell=bash
+# For the tests in tests/: a store, a data folder and a run folder of the test's own, and words to say what is expected.
+#
+# $W is the test's folder. `vb` runs the program on the current "host": `host NAME` chooses another data and run folder.
+set -euo pipefail
+
+say() { printf '%s  %s\n' "$(date +%T)" "$*"; }
+figure() { printf 'figure: %s\n' "$*"; }
+fail() {
+	printf 'FAILED: %s\n' "$*"
+	exit 1
+}
+skip() {
+	printf '%s\n' "$*"
+	exit 77
+}
+trap 'printf "FAILED: line %s of %s: %s\n" "$LINENO" "${BASH_SOURCE[0]##*/}" "$BASH_COMMAND"' ERR
+set -E
+
+data=$W/data run=$W/run
+
+# Another host, as far as the program can tell: its own log and state.
+host() {
+	data=$W/data-$1 run=$W/run-$1
+}
+
+vb() {
+	"$E2E_BIN" --data-dir "$data" --run-dir "$run" "$@"
+}
+
+# Makes the store that this run of the test is for, and points the program to it.
+make_store() {
+	case ${E2E_STORE:?} in
+	file)
+		export VB_UBLK_STORE=file://$W/store
+		;;
+	s3)
+		start_moto
+		export VB_UBLK_STORE=s3://vb-test/volumes
+		;;
+	esac
+}
+
+# The S3 server on a port of its own, with the bucket vb-test.
+start_moto() {
+	local i
+	moto_port=5555
+	"${E2E_MOTO:-moto_server}" -H 127.0.0.1 -p "$moto_port" >"$W/moto.log" 2>&1 </dev/null &
+	echo $! >"$W/moto.pid"
+	export AWS_ENDPOINT_URL_S3=http://127.0.0.1:$moto_port AWS_REGION=us-east-1
+	export AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test
+	for ((i = 0; i < 600; i++)); do
+		if curl -sf -o /dev/null "http://127.0.0.1:$moto_port/moto-api/"; then break; fi
+		kill -0 "$(cat "$W/moto.pid")" || fail "the S3 server does not start: $(cat "$W/moto.log")"
+		sleep 0.2
+	done
+	s3_request PUT /vb-test s3 >/dev/null
+}
+
+stop_moto() {
+	kill -KILL "$(cat "$W/moto.pid")"
+	rm "$W/moto.pid"
+}
+
+# s3_request METHOD PATH SERVICE [FORM]: asks moto, which looks at no signature until it is told to.
+s3_request() {
+	curl -sf -X "$1" "http://127.0.0.1:$moto_port$2" -d "${4:-}" -H "Content-Type: ${5:-application/x-www-form-urlencoded}" \
+		-H "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/$3/aws4_request, SignedHeaders=host, Signature=0"
+}
+
+# add VOLUME [OPTION]…: attaches; the device is in $dev.
+add() {
+	local volume=$1
+	shift
+	dev=$(vb add --volume "$volume" "$@") || fail "add --volume $volume $* failed"
+	[[ $dev =~ ^/dev/ublkb[0-9]+$ && -b $dev ]] || fail "add printed '$dev', which is no device"
+	udevadm settle --timeout=20 || true
+	say "$volume is $dev"
+}
+
+# del VOLUME [OPTION]…: detaches cleanly.
+del() {
+	local volume=$1
+	shift
+	vb del --volume "$volume" --timeout 120 "$@" || fail "del --volume $volume $* failed"
+	say "$volume is detached"
+}
+
+daemon_pid() { jq -re .pid "$run/$1.json"; }
+
+# Kills a volume's daemon as a crash would, and waits until it has gone.
+kill_daemon() {
+	local pid i
+	pid=$(daemon_pid "$1")
+	kill -KILL "$pid"
+	for ((i = 0; i < 200; i++)); do
+		[ -e "/proc/$pid" ] || return 0
+		sleep 0.05
+	done
+	fail "process $pid is still there 10 s after kill -9"
+}
+
+# status VOLUME JQ-FILTER
+status() { vb status "$1" --json | jq -re "$2"; }
+
+# refused CODE REGEX COMMAND…: it must fail with this code and exactly one line on stderr that matches.
+refused() {
+	local code=$1 words=$2 rc=0 lines
+	shift 2
+	# In a subshell: bash tells of its jobs that were killed on the stderr of whatever function runs just then.
+	("$@") >"$W/refused.out" 2>"$W/refused.err" || rc=$?
+	lines=$(wc -l <"$W/refused.err")
+	say "exit code $rc: $(cat "$W/refused.err")"
+	[ "$rc" = "$code" ] || fail "exit code $rc, not $code, of: $*"
+	[ "$lines" = 1 ] || fail "$lines lines on stderr, not 1, of: $*"
+	[ ! -s "$W/refused.out" ] || fail "something on stdout: $(cat "$W/refused.out")"
+	grep -Eiq -- "$words" "$W/refused.err" || fail "the message has nothing of '$words': $*"
+	grep -q '^vb-ublk: ' "$W/refused.err" || fail "the message does not begin with 'vb-ublk: '"
+}
+
+# What a command that failed must leave as it was: the sum over a folder's names and contents.
+sum_of() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum); }
+
+now_ms() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
+
+rss_kib() { awk '/^VmRSS:/ { print $2 }' "/proc/$1/status"; }
