@@ -64,12 +64,6 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         Rc::new(Self { volume, appender, timer, spare: RefCell::default() })
     }
 
-    /// Records written by this lane and entries in them.
-    #[must_use]
-    pub fn counters(&self) -> (u64, u64) {
-        self.appender.counters()
-    }
-
     fn check(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
         let end = lba.0.checked_add(sectors).ok_or(IoFault::BadRange)?;
         if sectors == 0 || end > self.volume.sectors() {
@@ -240,7 +234,6 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
     }
 
     fn tasks(self: Rc<Self>) -> Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>> {
-        // The passer first: the committer hands its waker out.
-        vec![Box::pin(self.appender.clone().passer()), Box::pin(self.appender.clone().committer())]
+        self.appender.clone().tasks()
     }
 }

@@ -1,8 +1,8 @@
 //! One lane's side of the log: gathers what the lane's tasks write, seals it as one record, acknowledges.
 //!
 //! Invariants:
-//! - Entries leave in the order in which they were pushed; one record is in flight at a time, and while it
-//!   is, the next one gathers.
+//! - Batches take their places in the log in the order in which they gathered. While a record is in flight the next
+//!   batch gathers; a second record leaves beside the first once it is worth one ([`WORTH_ENTRIES`], [`WORTH_BLOCKS`]).
 //! - A ticket is answered `Ok` only when the frontier has passed its record.
 //! - Once the log has failed, every ticket is answered with [`Failed`].
 
@@ -24,6 +24,24 @@ use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
 const MAX_BUFFERS: usize = 990;
 /// Most data bytes in a record, unless a single entry has more.
 const MAX_BATCH_BYTES: usize = 2 << 20;
+
+/// Records of a lane in flight at most: while one is on the disk, its successor's requests arrive.
+const RECORDS_IN_FLIGHT: usize = 2;
+/// A batch that leaves beside another has so many entries…
+const WORTH_ENTRIES: usize = 8;
+/// …or blocks: a header block for each small write would cost more than the wait.
+const WORTH_BLOCKS: usize = 64;
+
+/// What an appender has done: how well batching works.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct AppendCounters {
+    /// Records written.
+    pub records: u64,
+    /// Entries in them.
+    pub entries: u64,
+    /// Records that left while another of the lane's was in flight.
+    pub overlapped: u64,
+}
 
 #[derive(Default)]
 struct Batch {
@@ -51,10 +69,12 @@ struct State {
     free_tickets: Vec<usize>,
     passing: VecDeque<(LogPos, Vec<usize>)>,
     spare_tickets: Vec<Vec<usize>>,
-    committer: Option<Waker>,
+    /// Committers that have nothing to write.
+    idle: Vec<Waker>,
+    /// Committers that have.
+    writing: usize,
     passer: Option<Waker>,
-    records: u64,
-    entries: u64,
+    counters: AppendCounters,
 }
 
 /// See the module's page.
@@ -108,11 +128,10 @@ impl<D: Disk> Appender<D> {
         &self.disk
     }
 
-    /// Records written and entries in them: how well batching works.
+    /// Counts so far.
     #[must_use]
-    pub fn counters(&self) -> (u64, u64) {
-        let s = self.state.borrow();
-        (s.records, s.entries)
+    pub fn counters(&self) -> AppendCounters {
+        self.state.borrow().counters
     }
 
     /// Adds a write of `src` at `lba`. The bytes must not change until the ticket is answered.
@@ -173,13 +192,15 @@ impl<D: Disk> Appender<D> {
         Ticket { appender: self, id }
     }
 
-    /// What has gathered may leave, if no record is in flight.
+    /// What has gathered may leave, if no record is in flight or it is worth a second one.
     pub fn seal(&self) {
         let mut s = self.state.borrow_mut();
-        if s.batches.is_empty() || s.sealed > 0 {
+        let Some(first) = s.batches.front() else { return };
+        let worth = first.entries.len() >= WORTH_ENTRIES || first.crcs.len() >= WORTH_BLOCKS;
+        if s.sealed > 0 || s.writing > 0 && !worth {
             return;
         }
-        if let Some(w) = s.committer.take() {
+        if let Some(w) = s.idle.pop() {
             s.sealed = s.batches.len();
             w.wake();
         }
@@ -188,20 +209,37 @@ impl<D: Disk> Appender<D> {
     async fn next_batch(&self) -> Batch {
         std::future::poll_fn(|cx| {
             let mut s = self.state.borrow_mut();
-            if s.sealed > 0 {
+            if s.sealed > 0
+                && let Some(b) = s.batches.pop_front()
+            {
                 s.sealed -= 1;
-                if let Some(b) = s.batches.pop_front() {
-                    return Poll::Ready(b);
-                }
+                s.writing += 1;
+                s.counters.overlapped += u64::from(s.writing > 1);
+                return Poll::Ready(b);
             }
-            s.committer = Some(cx.waker().clone());
+            if !s.idle.iter().any(|w| w.will_wake(cx.waker())) {
+                s.idle.push(cx.waker().clone());
+            }
             Poll::Pending
         })
         .await
     }
 
-    /// Writes batch after batch, for ever. One of the lane's tasks.
-    pub async fn committer(self: Rc<Self>) {
+    /// What the lane has to run beside the requests, for ever.
+    pub fn tasks(self: Rc<Self>) -> Vec<Pin<Box<dyn Future<Output = ()>>>>
+    where
+        D: 'static,
+    {
+        // The passer first: the committers hand its waker out.
+        let mut tasks: Vec<Pin<Box<dyn Future<Output = ()>>>> = vec![Box::pin(self.clone().passer())];
+        for _ in 0..RECORDS_IN_FLIGHT {
+            tasks.push(Box::pin(self.clone().committer()));
+        }
+        tasks
+    }
+
+    /// Writes batch after batch, for ever.
+    async fn committer(self: Rc<Self>) {
         // The passer's waker goes with each reservation: it is what waits for the frontier.
         let passer = std::future::poll_fn(|_| match &self.state.borrow().passer {
             Some(w) => Poll::Ready(w.clone()),
@@ -213,10 +251,11 @@ impl<D: Disk> Appender<D> {
             let header = IoBuf::zeroed(header_bytes(batch.entries.len(), batch.crcs.len()));
             let written = self.write(&mut batch, header, &passer).await;
             let mut s = self.state.borrow_mut();
+            s.writing -= 1;
             match written {
                 Ok(end) => {
-                    s.records += 1;
-                    s.entries += batch.entries.len() as u64;
+                    s.counters.records += 1;
+                    s.counters.entries += batch.entries.len() as u64;
                     let spare = s.spare_tickets.pop().unwrap_or_default();
                     let tickets = std::mem::replace(&mut batch.tickets, spare);
                     s.passing.push_back((end, tickets));
@@ -256,9 +295,8 @@ impl<D: Disk> Appender<D> {
         Ok(room.end)
     }
 
-    /// Answers tickets as the frontier passes their records, for ever. One of the lane's tasks, to be
-    /// started before the committer.
-    pub async fn passer(self: Rc<Self>) {
+    /// Answers tickets as the frontier passes their records, for ever.
+    async fn passer(self: Rc<Self>) {
         std::future::poll_fn(|cx| {
             self.state.borrow_mut().passer = Some(cx.waker().clone());
             Poll::Ready(())
