@@ -15,6 +15,19 @@ use volume_support::{Bench, Rng, block_on, buf_of, churn, compare, on_lane};
 
 const SIZE: usize = 32 << 20;
 
+/// The store's machine is gone: every request to it fails, as a thing that may pass.
+fn take_store_away(bench: &Bench) {
+    let store = bench.dir.path().join("store");
+    std::fs::rename(&store, store.with_extension("away")).unwrap();
+    std::fs::write(&store, b"").unwrap();
+}
+
+fn bring_store_back(bench: &Bench) {
+    let store = bench.dir.path().join("store");
+    std::fs::remove_file(&store).unwrap();
+    std::fs::rename(store.with_extension("away"), &store).unwrap();
+}
+
 #[test]
 fn what_was_written_is_read_and_found_again_from_the_store_alone() {
     let bench = Bench::new(SIZE);
@@ -161,14 +174,14 @@ fn segments_of_a_wiped_log_are_not_replayed() {
     let bench = Bench::new(64 << 20);
     let host = bench.attach().unwrap();
     // Else the forced attach may rightly find the first of these writes in the store.
-    bench.take_store_away();
+    take_store_away(&bench);
     on_lane(host.volume(), async |e| {
         for i in 0..30u64 {
             e.write(Lba(i * 2048), buf_of(&vec![0xaa; 1 << 20]), false).await.unwrap();
         }
     });
     host.abandon().unwrap();
-    bench.bring_store_back();
+    bring_store_back(&bench);
     let log = std::fs::OpenOptions::new().write(true).open(bench.log()).unwrap();
     log.write_all_at(&vec![0u8; 1 << 20], 0).unwrap();
     let host = Host::attach(AttachOptions { force: true, ..bench.options() }).unwrap();
@@ -189,13 +202,13 @@ fn a_store_that_is_away_damages_nothing() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| e.write(Lba(0), buf_of(&[1; 4096]), false).await.unwrap());
     block_on(host.volume().command(Command::Drain)).unwrap();
-    bench.take_store_away();
+    take_store_away(&bench);
     on_lane(host.volume(), async |e| e.write(Lba(0), buf_of(&[2; 512]), false).await.unwrap());
     let volume = host.volume().clone();
     let drained = std::thread::spawn(move || block_on(volume.command(Command::Drain)));
     volume_support::pause(Duration::from_secs(2));
     assert!(!drained.is_finished());
-    bench.bring_store_back();
+    bring_store_back(&bench);
     drained.join().unwrap().unwrap();
     on_lane(host.volume(), async |e| {
         assert_eq!(first_byte(&e, 0).await, Ok(2));

@@ -285,12 +285,12 @@ impl ChunkHeader {
         let known = |field, value: u64, want: u64| {
             if value == want { Ok(()) } else { Err(CodecError::Unknown { what: WHAT, field, value }) }
         };
-        // The version comes before the checksum: another version may keep it elsewhere.
-        known("version", h.version.get().into(), VERSION.into())?;
+        // Before the version: every version keeps this checksum where it is, so that a damaged version is told from a new one.
         let (stored, computed) = (h.crc.get(), header_crc(bytes));
         if stored != computed {
             return Err(CodecError::Checksum { what: WHAT, stored, computed });
         }
+        known("version", h.version.get().into(), VERSION.into())?;
         known("flags", h.flags.get().into(), 0)?;
         known("checksum kind", h.checksum.into(), CHECKSUM_CRC32.into())?;
         known("codec", h.codec.into(), 0)?;

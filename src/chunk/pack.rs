@@ -239,8 +239,9 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> 
             let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
             Ok(Base { data: Some(b.data), mask })
         }
-        // Damage that was read twice. An object that is not there may be a store that is not: that is tried again.
-        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {
+        // Damage that was read twice. All else is tried again: an object that is not there may be a store that is not,
+        // and a newer program's chunk is whole.
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
             tracing::error!("block {block} cannot be read to merge a partial write: {e}; its other sectors are lost");
             Ok(Base { data: None, mask: 0 })
         }

@@ -136,7 +136,7 @@ impl ChunkReader {
         match self.read_once(at, first, blocks).await {
             // A bit may have flipped on the way, or in the header that is kept here: only what reads badly twice is bad.
             Ok(b) if b.bad.iter().any(|(_, good)| *good == 0) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {}
+            Err(e) if e.kind() == ErrorKind::Corrupt => {}
             done => return done,
         }
         self.forget((at.source(), at.chunk()));

@@ -94,19 +94,6 @@ impl Bench {
         Host::attach(self.options())
     }
 
-    /// The store's machine is gone: every request to it fails, as a thing that may pass.
-    pub(crate) fn take_store_away(&self) {
-        let (store, off) = (self.dir.path().join("store"), self.dir.path().join("off"));
-        std::fs::rename(&store, &off).unwrap();
-        std::fs::write(&store, b"").unwrap();
-    }
-
-    pub(crate) fn bring_store_back(&self) {
-        let (store, off) = (self.dir.path().join("store"), self.dir.path().join("off"));
-        std::fs::remove_file(&store).unwrap();
-        std::fs::rename(&off, &store).unwrap();
-    }
-
     /// Forgets everything local.
     pub(crate) fn wipe_local(&self) {
         std::fs::remove_dir_all(self.dir.path().join("wal")).unwrap();
