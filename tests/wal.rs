@@ -540,6 +540,28 @@ fn three_segments(synced: bool) -> Vec<u8> {
     disk.image()
 }
 
+/// A slot whose entries are all packed is not written again before the next segment's header is durable: a power cut could
+/// take that header, and a mark in a later segment would name a place that no chain holds.
+#[test]
+fn a_slot_is_reused_only_when_its_successor_is_durable() {
+    let disk = fresh_disk();
+    let d = disk.clone();
+    quietly(&disk, async move |spawner| {
+        let (log, a, mut sb) = begin(&d, &spawner).await;
+        let most = u64::from(SEGMENT) * 5 / 8 / SECTOR as u64;
+        write(&a, 0, most).await.unwrap();
+        sb.packed(&d, Seq(1)).await.unwrap();
+        log.durable_to(log.frontier());
+        write(&a, 1, most).await.unwrap();
+        log.retire(Seq(1));
+        log.recycle(Seq(1));
+        let used = log.status().used_bytes;
+        log.sync_through(log.flush_target(), &d).await.unwrap();
+        log.recycle(Seq(1));
+        assert_eq!(used - log.status().used_bytes, u64::from(SEGMENT), "one slot came free, and only now");
+    });
+}
+
 #[test]
 fn a_lost_segment_is_a_torn_tail_or_corruption() {
     let slot = SEGMENT as usize / BLOCK;
