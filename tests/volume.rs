@@ -2,16 +2,20 @@
 
 mod volume_support;
 
+use std::cell::Cell;
+use std::io;
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 use std::time::Duration;
 
-use vb_ublk::disk::IoBuf;
+use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::ErrorKind;
+use vb_ublk::lane::LaneDisk;
 use vb_ublk::units::Lba;
 use vb_ublk::volume::Command;
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
-use volume_support::{Bench, Rng, block_on, buf_of, churn, compare, on_lane};
+use volume_support::{Bench, Rng, block_on, buf_of, churn, compare, on_lane, on_lane_with};
 
 const SIZE: usize = 32 << 20;
 
@@ -246,4 +250,76 @@ fn who_waits_for_room_in_a_lost_volume_is_told() {
 async fn first_byte(e: &volume_support::TestLane, lba: u64) -> Result<u8, IoFault> {
     let b = IoBuf::zeroed(512);
     e.read(Lba(lba), b.clone()).await.map(|()| b.bytes()[0])
+}
+
+/// Counts what reaches stable storage: syncs, and writes that are synced with themselves.
+struct Counted {
+    disk: LaneDisk,
+    synced: Rc<Cell<usize>>,
+}
+
+impl Disk for Counted {
+    async fn read_at(&self, offset: u64, dst: IoBuf) -> io::Result<()> {
+        self.disk.read_at(offset, dst).await
+    }
+    async fn writev_at(&self, offset: u64, bufs: Vec<IoBuf>, dsync: bool) -> io::Result<()> {
+        self.disk.writev_at(offset, bufs, dsync).await?;
+        self.synced.set(self.synced.get() + usize::from(dsync));
+        Ok(())
+    }
+    async fn sync(&self) -> io::Result<()> {
+        self.disk.sync().await?;
+        self.synced.set(self.synced.get() + 1);
+        Ok(())
+    }
+}
+
+/// A flush and a write with FUA are answered after a sync of the log, a plain write without one. (The log's keeper may have
+/// synced just before, from another thread: each is tried a few times.)
+#[test]
+fn flushes_and_fua_reach_stable_storage() {
+    let bench = Bench::new(1 << 20);
+    let host = bench.attach().unwrap();
+    let synced = Rc::new(Cell::new(0));
+    let counter = synced.clone();
+    on_lane_with(
+        host.volume(),
+        |disk| Counted { disk, synced: counter },
+        async |e| {
+            let write = async |lba: u64, fua| e.write(Lba(lba), buf_of(&[1; 4096]), fua).await.unwrap();
+            let (mut plain, mut by_flush, mut by_fua, mut other_lane, mut discards) = (0, 0, 0, 0, 0);
+            let since = |before: usize| synced.get() - before;
+            for _ in 0..5 {
+                let before = synced.get();
+                write(0, false).await;
+                plain += since(before);
+                let before = synced.get();
+                e.flush().await.unwrap();
+                by_flush += since(before);
+                // A single writer's record is synced with itself; beside other writes it waits for a sync.
+                let before = synced.get();
+                write(8, true).await;
+                futures_util::future::join(write(16, true), write(24, false)).await;
+                by_fua += since(before);
+                let before = synced.get();
+                e.discard(Lba(32), 8, true).await.unwrap();
+                discards += since(before);
+                // What another lane has completed is covered, too.
+                let volume = host.volume().clone();
+                std::thread::spawn(move || {
+                    on_lane(&volume, async |e| e.write(Lba(40), buf_of(&[2; 4096]), false).await.unwrap());
+                })
+                .join()
+                .unwrap();
+                let before = synced.get();
+                e.flush().await.unwrap();
+                other_lane += since(before);
+            }
+            assert_eq!(plain, 0, "a plain write does not wait for a sync");
+            for (what, n) in [("flush", by_flush), ("FUA", by_fua), ("discard", discards), ("two lanes", other_lane)] {
+                assert!(n > 0, "{what}: answered without a sync");
+            }
+        },
+    );
+    host.detach().unwrap();
 }

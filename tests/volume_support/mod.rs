@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use vb_ublk::disk::IoBuf;
+use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::Result;
 use vb_ublk::lane::{Driver, Lane, LaneDisk, LaneTimer, OwnRing, RingMode};
 use vb_ublk::store::{StoreOptions, StoreUrl, open};
@@ -18,9 +18,9 @@ use vb_ublk::volume::lane::VolumeLane;
 
 pub(crate) type TestLane = VolumeLane<LaneDisk, LaneTimer>;
 
-struct Sealer(Rc<TestLane>);
+struct Sealer<D: Disk>(Rc<VolumeLane<D, LaneTimer>>);
 
-impl Driver for Sealer {
+impl<D: Disk> Driver for Sealer<D> {
     fn seal(&mut self) {
         self.0.seal();
     }
@@ -28,9 +28,18 @@ impl Driver for Sealer {
 
 /// Runs `f` on a lane of the volume, on this thread.
 pub(crate) fn on_lane<F: Future>(volume: &Arc<Volume>, f: impl FnOnce(Rc<TestLane>) -> F) -> F::Output {
+    on_lane_with(volume, |disk| disk, f)
+}
+
+/// The same on a disk of the test's own over the log.
+pub(crate) fn on_lane_with<D: Disk, F: Future>(
+    volume: &Arc<Volume>,
+    wrap: impl FnOnce(LaneDisk) -> D,
+    f: impl FnOnce(Rc<VolumeLane<D, LaneTimer>>) -> F,
+) -> F::Output {
     let lane = Lane::new(OwnRing::new(256, RingMode::default()).unwrap()).unwrap();
     let disk = LaneDisk::new(&lane, volume.log_file().clone());
-    let engine = VolumeLane::new(volume.clone(), disk, LaneTimer::new(&lane));
+    let engine = VolumeLane::new(volume.clone(), wrap(disk), LaneTimer::new(&lane));
     for task in engine.clone().tasks() {
         lane.spawn_boxed(task);
     }
