@@ -46,11 +46,15 @@ fn what_was_written_is_read_and_found_again_from_the_store_alone() {
             compare(&e, &model, "from the log").await;
         });
         block_on(host.volume().command(Command::Drain)).unwrap();
+        let sent = host.volume().status().store_requests;
+        assert!(sent.put.requests > 0 && sent.put.bytes_out > 1 << 20 && sent.put.errors == 0, "{sent:?}");
         on_lane(host.volume(), async |e| {
             compare(&e, &model, "from the store").await;
             churn(&e, &mut model, &mut rng, 200).await;
             compare(&e, &model, "from both").await;
         });
+        let read = host.volume().status().store_requests.get_range;
+        assert!(read.requests > sent.get_range.requests && read.bytes_in > 1 << 20, "{read:?}");
         host.detach().unwrap();
         if round != 1 {
             bench.wipe_local();

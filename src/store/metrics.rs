@@ -28,17 +28,54 @@ pub struct OpCounts {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Whole objects read.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub get: OpCounts,
     /// Ranges read.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub get_range: OpCounts,
     /// Objects written.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub put: OpCounts,
     /// Conditional writes.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub put_if: OpCounts,
     /// Listings.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub list: OpCounts,
     /// Deletions.
+    #[serde(default, skip_serializing_if = "OpCounts::is_zero")]
     pub delete: OpCounts,
+}
+
+impl OpCounts {
+    // By reference, as serde asks.
+    fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+
+    const fn plus(self, o: Self) -> Self {
+        Self {
+            requests: self.requests + o.requests,
+            errors: self.errors + o.errors,
+            bytes_in: self.bytes_in + o.bytes_in,
+            bytes_out: self.bytes_out + o.bytes_out,
+        }
+    }
+}
+
+impl Snapshot {
+    /// The sums of two clients' counters.
+    #[must_use]
+    pub const fn plus(self, o: Self) -> Self {
+        Self {
+            get: self.get.plus(o.get),
+            get_range: self.get_range.plus(o.get_range),
+            put: self.put.plus(o.put),
+            put_if: self.put_if.plus(o.put_if),
+            list: self.list.plus(o.list),
+            delete: self.delete.plus(o.delete),
+        }
+    }
 }
 
 #[derive(Debug, Default)]

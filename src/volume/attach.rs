@@ -207,6 +207,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         is_gone: false.into(),
         gone: tokio::sync::watch::Sender::new(false),
         gone_reason: std::sync::OnceLock::new(),
+        store_metrics: std::sync::Mutex::default(),
         background: std::sync::Mutex::new(BackgroundStatus {
             epoch: published.manifest.epoch.0,
             conditional_writes: conditional,

@@ -18,6 +18,7 @@ use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::manifest::{Published, Writer, check_name};
+use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
 use crate::store::{StoreOptions, StoreUrl, open};
 use crate::units::{BLOCK, Nonce};
@@ -97,7 +98,11 @@ impl Host {
                 let reads = async {
                     // A client of its own: its connections live on this thread.
                     let reader = match open(&for_reads.store_url, &for_reads.store_options).await {
-                        Ok(store) => reader.over(Arc::new(Retry::new(store, Policy::background()))),
+                        Ok(store) => {
+                            let store = Arc::new(Metrics::new(store));
+                            served.count_store(store.clone());
+                            reader.over(Arc::new(Retry::new(store, Policy::background())))
+                        }
                         Err(e) => {
                             tracing::error!("opening the store for reads failed: {e}; the background's client is used");
                             reader
@@ -180,10 +185,11 @@ fn who() -> Writer {
 
 async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, TokioTimer>> {
     let wanted = geometry_for(opts.log_bytes)?;
-    let backend = open(&opts.store_url, &opts.store_options).await?;
+    // Below the retries: each try is a request.
+    let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
     let stores = Stores {
         attach: Arc::new(Retry::new(backend.clone(), Policy::attach())),
-        background: Arc::new(Retry::new(backend, Policy::background())),
+        background: Arc::new(Retry::new(backend.clone(), Policy::background())),
     };
     let published = Published::load(&*stores.attach, &opts.volume).await?;
     let (file, superblock) = open_log(&opts.log_path, &published, opts).await?;
@@ -195,7 +201,9 @@ async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, Tok
     let salt = Box::new(|| getrandom::u64().unwrap_or_else(|e| panic!("the system's entropy failed: {e}")));
     let request = Request { force: opts.force, read_only: opts.read_only, writer: who(), nonce };
     let log = OpenLog { file: Arc::new(file), disk, superblock, geometry, salt };
-    attach(stores, published, log, TokioTimer, request).await
+    let attached = attach(stores, published, log, TokioTimer, request).await?;
+    attached.volume.count_store(backend);
+    Ok(attached)
 }
 
 fn disk_of(file: &DataFile) -> Result<UringDisk> {

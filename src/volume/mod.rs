@@ -33,6 +33,7 @@ use crate::chunk::reader::Blocks;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{Location, Maps};
+use crate::store::metrics::{Metrics, Snapshot};
 use crate::units::{BlockNo, SECTOR};
 use crate::wal::log::{Log, LogStatus};
 use engine::IoFault;
@@ -110,6 +111,9 @@ pub struct VolumeStatus {
     pub failure: Option<String>,
     /// The background.
     pub background: BackgroundStatus,
+    /// What has gone through the store since the attach, tries that failed included.
+    #[serde(default)]
+    pub store_requests: Snapshot,
 }
 
 /// See the module's page.
@@ -130,6 +134,8 @@ pub struct Volume {
     gone: watch::Sender<bool>,
     gone_reason: OnceLock<String>,
     background: Mutex<BackgroundStatus>,
+    /// Those of each store thread's client.
+    store_metrics: Mutex<Vec<Arc<Metrics>>>,
 }
 
 impl Volume {
@@ -220,6 +226,16 @@ impl Volume {
         change(&mut self.background.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Has what a client of the store counts added to the status.
+    pub(crate) fn count_store(&self, metrics: Arc<Metrics>) {
+        self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner).push(metrics);
+    }
+
+    fn store_counts(&self) -> Snapshot {
+        let all = self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|m| m.snapshot()).fold(Snapshot::default(), Snapshot::plus)
+    }
+
     /// The present state.
     #[must_use]
     pub fn status(&self) -> VolumeStatus {
@@ -238,6 +254,7 @@ impl Volume {
             write_limit: self.throttle.limit(),
             failure: self.gone_reason.get().cloned().or_else(|| self.log.failure().map(str::to_owned)),
             background: self.background.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            store_requests: self.store_counts(),
         }
     }
 }
