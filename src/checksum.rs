@@ -1,4 +1,8 @@
-//! The one data checksum: of a 4096-byte block at its address.
+//! The data's checksum, of a 4096-byte block at its address, and the hash of whole objects and manifests.
+
+use std::fmt::Write;
+
+use sha2::{Digest, Sha256};
 
 use crate::units::BlockNo;
 
@@ -11,4 +15,24 @@ pub fn block_crc(block: BlockNo, data: &[u8]) -> u32 {
     h.update(&block.0.to_le_bytes());
     h.update(data);
     h.finalize()
+}
+
+/// SHA-256 in lower-case hex: how formats and versions spell it.
+#[must_use]
+pub fn sha256_hex(bytes: impl AsRef<[u8]>) -> String {
+    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, b| {
+        let _ = write!(hex, "{b:02x}");
+        hex
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sha256_hex;
+
+    #[test]
+    fn sha256_is_spelled_as_everywhere() {
+        // The example of FIPS 180-2.
+        assert_eq!(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
 }

@@ -10,11 +10,11 @@
 mod publish;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 pub use publish::Published;
 
+use crate::checksum::sha256_hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq};
 
@@ -179,7 +179,7 @@ impl Manifest {
         let mut text = serde_json::to_string_pretty(&plain)
             .map_err(|e| Error::new(ErrorKind::Internal, "encoding the manifest").with_source(e))?;
         text.push('\n');
-        let sum = sha256(&text);
+        let sum = sha256_hex(&text);
         // The field is the last one; what the user keeps in `metadata` comes before it.
         let at = text
             .rfind(&checksum_field(""))
@@ -218,7 +218,7 @@ impl Manifest {
         let text = String::from_utf8_lossy(bytes);
         let field = checksum_field(&m.checksum);
         let plain = text.rfind(&field).map(|at| [&text[..at], &checksum_field(""), &text[at + field.len()..]].concat());
-        if plain.is_none_or(|t| sha256(&t) != m.checksum) {
+        if plain.is_none_or(|t| sha256_hex(&t) != m.checksum) {
             return Err(corrupt("its checksum does not match"));
         }
         let m = Self { checksum: String::new(), ..m };
@@ -267,10 +267,6 @@ impl Manifest {
 
 fn checksum_field(sum: &str) -> String {
     format!("\"checksum\": \"{sum}\"")
-}
-
-fn sha256(text: &str) -> String {
-    Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Who owns a chunk number under this history. When several epochs begin at the same number, the last of them does.

@@ -17,7 +17,6 @@
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind as IoKind, Read, Write};
 use std::ops::Range;
@@ -36,6 +35,7 @@ use super::{
     ObjectMeta, Precondition, RESERVED, Store, StoreUrl, Version, check_key, check_prefix, check_range, check_size,
     no_such_object, short_object,
 };
+use crate::checksum::sha256_hex;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const LOCK_FOLDER: &str = ".vb-locks";
@@ -116,11 +116,7 @@ fn sync_folder(folder: &Path) -> Result<()> {
 }
 
 fn version_of(body: &[u8]) -> Version {
-    let mut hex = String::with_capacity(64);
-    for b in Sha256::digest(body) {
-        let _ = write!(hex, "{b:02x}");
-    }
-    Version(hex)
+    Version(sha256_hex(body))
 }
 
 /// A name in a key's folder that goes when it is dropped, unless it was renamed away.

@@ -14,13 +14,13 @@
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::background::Background;
 use super::recover::{StoreEnd, apply_groups, checkpoint_end};
 use super::throttle::Throttle;
 use super::{BackgroundStatus, ReadRequest, Volume};
+use crate::checksum::sha256_hex;
 use crate::chunk::reader::{ChunkReader, Keys};
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
@@ -366,7 +366,7 @@ async fn load_parts(
             if bytes.len() as u64 != part.bytes {
                 return Err(damaged(format!("it has {} bytes, the manifest says {}", bytes.len(), part.bytes)));
             }
-            if hash(&bytes) != part.sha256 {
+            if sha256_hex(&bytes) != part.sha256 {
                 return Err(damaged("its SHA-256 is not what the manifest says".to_owned()));
             }
             let expect = Expect {
@@ -381,16 +381,6 @@ async fn load_parts(
         .buffered(PARALLEL_PARTS)
         .try_collect()
         .await
-}
-
-/// SHA-256, hex.
-#[must_use]
-pub(crate) fn hash(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut s, b| {
-        let _ = write!(s, "{b:02x}");
-        s
-    })
 }
 
 fn to_map_entry(e: &LogEntry) -> Entry {

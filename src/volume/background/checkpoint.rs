@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::{Background, Backoff, Event, PublishDone, no_trouble, trouble};
+use crate::checksum::sha256_hex;
 use crate::disk::Disk;
 use crate::error::{ErrorKind, Result};
 use crate::manifest::{Checkpoint, Image, Part, Published, part_key};
@@ -14,7 +15,6 @@ use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo, Seq};
 use crate::volume::Volume;
-use crate::volume::attach::hash;
 
 /// A checkpoint is due after this many chunks.
 const CHECKPOINT_CHUNKS: u64 = 1024;
@@ -159,7 +159,7 @@ async fn put_parts(
     let mut out = Vec::new();
     for (i, body) in parts.enumerate() {
         let key = name(i);
-        out.push(Part { key: key.clone(), bytes: body.len() as u64, sha256: hash(&body) });
+        out.push(Part { key: key.clone(), bytes: body.len() as u64, sha256: sha256_hex(&body) });
         store.put(&format!("{prefix}{key}"), body).await?;
     }
     Ok(out)
