@@ -1,5 +1,6 @@
 //! The volume over a real log file and a file store, without a frontend.
 
+mod support_rng;
 mod volume_support;
 
 use std::cell::Cell;
@@ -8,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::time::Duration;
 
+use support_rng::Rng;
 use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::ErrorKind;
 use vb_ublk::lane::LaneDisk;
@@ -15,7 +17,7 @@ use vb_ublk::units::Lba;
 use vb_ublk::volume::Command;
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
-use volume_support::{Bench, Rng, block_on, buf_of, churn, compare, on_lane, on_lane_with};
+use volume_support::{Bench, block_on, buf_of, churn, compare, on_lane, on_lane_with};
 
 const SIZE: usize = 32 << 20;
 

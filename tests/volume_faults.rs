@@ -1,5 +1,6 @@
 //! The volume when things go wrong: lost hosts, damaged and missing objects, rot in the log, a store that fails.
 
+mod support_rng;
 mod volume_support;
 
 use std::fs;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use support_rng::Rng;
 use vb_ublk::chunk::header::HEADER_ROOM;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::{Error, ErrorKind, Result};
@@ -20,7 +22,7 @@ use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::{Command, Volume};
-use volume_support::{Bench, Rng, TestLane, block_on, buf_of, churn, compare, on_lane};
+use volume_support::{Bench, TestLane, block_on, buf_of, churn, compare, on_lane};
 
 fn force(bench: &Bench) -> Result<Host> {
     Host::attach(AttachOptions { force: true, ..bench.options() })

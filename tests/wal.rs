@@ -6,6 +6,7 @@
 //! had completed before it was issued.
 
 mod sim_support;
+mod support_rng;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -14,7 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sim_support::{Crash, Rng, SimDisk, Spawner, run};
+use sim_support::{Crash, SimDisk, Spawner, run};
+use support_rng::Rng;
 use uuid::Uuid;
 use vb_ublk::checksum::block_crc;
 use vb_ublk::disk::{Disk, IoBuf};

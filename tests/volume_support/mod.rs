@@ -16,6 +16,8 @@ use vb_ublk::volume::engine::Engine;
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::lane::VolumeLane;
 
+use crate::support_rng::Rng;
+
 pub(crate) type TestLane = VolumeLane<LaneDisk, LaneTimer>;
 
 struct Sealer<D: Disk>(Rc<VolumeLane<D, LaneTimer>>);
@@ -106,22 +108,6 @@ impl Bench {
     /// Forgets everything local.
     pub(crate) fn wipe_local(&self) {
         std::fs::remove_dir_all(self.dir.path().join("wal")).unwrap();
-    }
-}
-
-/// A small generator: the same seed, the same run.
-pub(crate) struct Rng(pub(crate) u64);
-
-impl Rng {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
     }
 }
 
