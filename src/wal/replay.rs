@@ -7,7 +7,7 @@
 //!
 //! A gap may swallow a segment's header, too, while a later segment's is there: that one *dangles*. It is left behind
 //! like any torn tail, unless a mark in it says that more was durable than the chain holds. This can be told exactly
-//! because a slot is reused only when the next segment's header is durable ([`super::log`]): whatever a mark names is
+//! because a slot is reused only when the next segment's header is durable (`log/slots.rs`): whatever a mark names is
 //! in the chain, or packed, or damaged.
 
 use std::collections::HashMap;
