@@ -2,6 +2,7 @@
 
 pub(crate) mod moto;
 mod quirks;
+pub(crate) mod s3s;
 pub(crate) mod scripted;
 pub(crate) mod tls;
 
