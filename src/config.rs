@@ -123,7 +123,7 @@ impl<'de> Deserialize<'de> for VolumeName {
     }
 }
 
-/// The configuration file: the same keys as the command line's long options.
+/// The configuration file: its keys are long options of the command line.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct FileConfig {
@@ -151,6 +151,8 @@ pub struct FileConfig {
     pub depth: Option<u16>,
     /// `add --wal-dir`.
     pub wal_dir: Option<PathBuf>,
+    /// `add --wal-device`.
+    pub wal_device: Option<PathBuf>,
     /// `add --wal-size`.
     pub wal_size: Option<ByteSize>,
     /// `add --strict`.
@@ -172,11 +174,14 @@ impl FileConfig {
                 format!("configuration file {}, line {line}: {}", path.display(), message.join(" ")),
             )
         })?;
-        if config.store.is_some() && config.bucket.is_some() {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                format!("configuration file {} has both `store` and `bucket`: keep one of them", path.display()),
-            ));
+        let both = [
+            ("store", config.store.is_some(), "bucket", config.bucket.is_some()),
+            ("wal-dir", config.wal_dir.is_some(), "wal-device", config.wal_device.is_some()),
+        ];
+        if let Some((one, _, other, _)) = both.into_iter().find(|(_, one, _, other)| *one && *other) {
+            let what =
+                format!("configuration file {} has both `{one}` and `{other}`: keep one of them", path.display());
+            return Err(Error::new(ErrorKind::Usage, what));
         }
         Ok(config)
     }
@@ -273,7 +278,8 @@ mod tests {
         for (text, words) in [
             ("region = \"x\"\nstroe = \"s3://b\"\n", &["/etc/x.toml", "line 2", "stroe"][..]),
             ("store = 5\n", &["/etc/x.toml", "line 1"]),
-            ("store = \"a\"\nbucket = \"b\"\n", &["both"]),
+            ("store = \"a\"\nbucket = \"b\"\n", &["both", "bucket"]),
+            ("wal-dir = \"/a\"\nwal-device = \"/dev/b\"\n", &["both", "wal-device"]),
             ("wal-size = \"2Q\"\n", &["2Q", "unit"]),
             ("wal-size = -1\n", &["size"]),
             ("queues = 70000\n", &["line 1"]),

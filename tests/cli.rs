@@ -231,6 +231,104 @@ fn flag_then_environment_then_file_then_default() {
     assert_eq!(list(Some("flag"), Some("env")), "flag\n");
 }
 
+/// The options in a help text: the long name, and what is said about it.
+fn options_in(help: &str) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for line in help.lines() {
+        let text = line.trim();
+        if text.starts_with('-') {
+            let (_, long) = text.split_once("--").expect("a long name");
+            let end = long.find(|c: char| c != '-' && !c.is_ascii_alphanumeric()).unwrap_or(long.len());
+            found.push((long[..end].to_owned(), String::new()));
+        } else if !line.starts_with(' ') {
+            // A heading: what follows is not about the option before it.
+            continue;
+        }
+        if let Some((_, said)) = found.last_mut() {
+            said.push_str(text);
+            said.push(' ');
+        }
+    }
+    found
+}
+
+/// What the help says at its end, and the tables of the README: where a setting is looked for.
+#[test]
+fn the_help_is_right_about_environment_and_file() {
+    let b = Bench::new();
+    let help = b.ok(&["--help"]);
+    assert!(
+        help.split_whitespace().collect::<Vec<_>>().join(" ").contains("An option with an [env: ...] is looked for")
+    );
+    let readme = include_str!("../README.md");
+    let mut seen = Vec::new();
+    for (option, said) in options_in(&b.ok(&["add", "--help"])) {
+        // A list of lists is a value of no setting.
+        b.config(&format!("{option} = [[]]\n"));
+        let line = b.fails(&["list"], 2);
+        let known = !line.contains("unknown field");
+        assert_eq!(said.contains("[env:") && option != "config", known, "{option}: {said}\n{line}");
+        let Some((_, variables)) = said.split_once("[env: ") else { continue };
+        let variables = variables.split([';', ']']).next().expect("the names").split(", ").map(str::trim);
+        let row = |l: &&str| l.starts_with("| `--") && l.contains(&format!("`--{option}")) && l.contains("_");
+        let row = readme.lines().find(row).unwrap_or_else(|| panic!("no row for --{option} in the README"));
+        for variable in variables {
+            assert!(row.contains(&format!("`{variable}`")), "{option}: {variable} is not in {row}");
+            seen.push(variable.to_owned());
+        }
+        assert!(option == "config" || readme.contains(&format!("`{option}`")), "{option}: no key in the README");
+    }
+    for expected in ["VB_UBLK_STORE", "AWS_BUCKET", "VB_UBLK_QUEUES", "VB_UBLK_WAL_DEVICE", "VB_UBLK_STRICT"] {
+        assert!(seen.iter().any(|s| s == expected), "{expected} is not in {seen:?}");
+    }
+}
+
+/// Each of these is refused before anything is done, so it can be seen without a driver that it was read.
+#[test]
+fn settings_of_add_come_from_the_environment_and_the_file() {
+    let b = Bench::new();
+    let add = |env: &[(&str, &str)], file: &str, more: &[&str]| {
+        b.config(file);
+        b.command(&["add", "--volume", "v"]).args(more).envs(env.iter().copied()).output().expect("start")
+    };
+    for (variable, bad, file, word, flag) in [
+        ("VB_UBLK_QUEUES", "33", "queues = 33", "33 queues", ["--queues", "2"]),
+        ("VB_UBLK_DEPTH", "0", "depth = 0", "depth 0", ["--depth", "64"]),
+        ("VB_UBLK_WAL_SIZE", "1M", "wal-size = \"1M\"", "64M", ["--wal-size", "64M"]),
+    ] {
+        let line = failed(&add(&[(variable, bad)], "", &[]), 2);
+        assert!(line.contains(word), "{variable}: {line}");
+        let line = failed(&add(&[], file, &[]), 2);
+        assert!(line.contains(word), "{file}: {line}");
+        // What goes before it is good, so the next thing is in the way: the driver or the volume that are not there.
+        failed(&add(&[(variable, bad)], file, &flag), 1);
+        failed(&add(&[(variable, flag[1])], file, &[]), 1);
+    }
+    let line = failed(&add(&[("VB_UBLK_STRICT", "perhaps")], "", &[]), 2);
+    assert!(line.contains("VB_UBLK_STRICT") && line.contains("true or false"), "{line}");
+    // One of the two forms of a log's place, from the first place that has one.
+    let size = &["--wal-size", "64M"];
+    let dir = b.path().join("log");
+    let dir = dir.to_str().expect("text");
+    for (env, file) in [(&[("VB_UBLK_WAL_DEVICE", "/dev/x")][..], ""), (&[], "wal-device = \"/dev/x\"")] {
+        let line = failed(&add(env, file, size), 2);
+        assert!(line.contains("/dev/x") && line.contains("--wal-size"), "{line}");
+        failed(&add(env, file, &[&size[..], &["--wal-dir", dir]].concat()), 1);
+    }
+    failed(&add(&[("VB_UBLK_WAL_DIR", dir)], "wal-device = \"/dev/x\"", size), 1);
+    let line = failed(&add(&[("VB_UBLK_WAL_DIR", "/x"), ("VB_UBLK_WAL_DEVICE", "/dev/x")], "", &[]), 2);
+    assert!(line.contains("VB_UBLK_WAL_DIR and VB_UBLK_WAL_DEVICE"), "{line}");
+    let line = failed(&add(&[], "wal-dir = \"/x\"\nwal-device = \"/dev/x\"", &[]), 2);
+    assert!(line.contains("`wal-dir` and `wal-device`"), "{line}");
+}
+
+#[test]
+fn the_help_is_right_about_the_device_of_a_log() {
+    let help = Bench::new().ok(&["add", "--help"]);
+    let (_, said) = options_in(&help).into_iter().find(|(o, _)| o == "wal-device").expect("--wal-device");
+    assert!(said.contains("refused") && !said.contains("lost"), "{said}");
+}
+
 #[test]
 fn a_bad_configuration_file_is_named_with_the_key() {
     let b = Bench::new();

@@ -5,13 +5,13 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::args::AddArgs;
+use super::args::{AddArgs, MAX_QUEUES};
 use super::daemonize::{Side, daemonize};
 use super::engine::{self, AttachOptions, CreateOptions, DeviceSpec};
 use super::layers::ublk_below;
 use super::output::print;
 use super::serve::{self, Plan, Told};
-use super::settings::Settings;
+use super::settings::{LogPlace, Settings};
 use super::state::{Held, RunDir, State};
 use crate::config::{ByteSize, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -60,7 +60,7 @@ pub(super) fn check_size(size: ByteSize) -> Result<u64> {
 }
 
 fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
-    let file = &settings.file;
+    let defaults = &settings.add;
     let volume = &args.volume;
     let create = match args.size {
         Some(size) if args.create => {
@@ -70,15 +70,30 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
     };
     let spec = DeviceSpec {
         id: args.number,
-        queues: args.queues.or(file.queues).unwrap_or_else(default_queues),
-        depth: args.depth.or(file.depth).unwrap_or(DEFAULT_DEPTH),
+        queues: args.queues.or(defaults.queues).unwrap_or_else(default_queues),
+        depth: args.depth.or(defaults.depth).unwrap_or(DEFAULT_DEPTH),
         // Not known before the volume is attached.
         size_bytes: BLOCK as u64,
         read_only: args.read_only,
         ..DeviceSpec::default()
     };
+    // The command line has been checked for this, the other places have not.
+    if spec.queues > MAX_QUEUES {
+        let what = format!("{} queues: a device may have 1 to {MAX_QUEUES}", spec.queues);
+        return Err(Error::new(ErrorKind::Usage, what));
+    }
     spec.check()?;
-    let wal_size = args.wal_size.or(file.wal_size).unwrap_or(DEFAULT_WAL);
+    let place = LogPlace::of(args.wal_dir.clone(), args.wal_device.clone())
+        .or_else(|| defaults.log.clone())
+        .unwrap_or_else(|| LogPlace::Dir(settings.data_dir.join("wal")));
+    if let (LogPlace::Device(device), Some(_)) = (&place, args.wal_size) {
+        let what = format!(
+            "--wal-size is for a log in a folder, and the log is to be the device {}: leave it out, or give --wal-dir",
+            device.display()
+        );
+        return Err(Error::new(ErrorKind::Usage, what));
+    }
+    let wal_size = args.wal_size.or(defaults.wal_size).unwrap_or(DEFAULT_WAL);
     engine::check_log_size(wal_size.0)?;
 
     engine::driver()?;
@@ -95,13 +110,9 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
     if let StoreUrl::File { root } = &settings.store {
         not_on_ublk("the store", root)?;
     }
-    let (log_path, log_bytes) = match &args.wal_device {
-        Some(device) => (absolute(device)?, wal_device(device)?),
-        None => {
-            let dir =
-                args.wal_dir.clone().or_else(|| file.wal_dir.clone()).unwrap_or_else(|| settings.data_dir.join("wal"));
-            (wal_file(&absolute(&dir)?, volume)?, wal_size.0)
-        }
+    let (log_path, log_bytes) = match &place {
+        LogPlace::Device(device) => (absolute(device)?, wal_device(device)?),
+        LogPlace::Dir(dir) => (wal_file(&absolute(dir)?, volume)?, wal_size.0),
     };
     let daemon_log = (!args.foreground).then(|| run.log_path(volume));
     Ok(Plan {
@@ -117,7 +128,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         create,
         spec,
         state: State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log),
-        strict: args.strict || file.strict.unwrap_or(false),
+        strict: args.strict || defaults.strict,
         run,
         held,
     })

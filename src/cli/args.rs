@@ -13,8 +13,9 @@ use crate::config::{ByteSize, VolumeName};
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_help = "Every setting is looked for on the command line, then in the environment, then in the configuration \
-                  file, under the name of the long option. Exit codes: 0 done, 1 failed, 2 bad usage."
+    after_help = "An option with an [env: ...] is looked for on the command line, then in the environment, then in the \
+                  configuration file, under its long name (but for --config itself). The other options are on the \
+                  command line alone. Exit codes: 0 done, 1 failed, 2 bad usage."
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
@@ -115,22 +116,24 @@ pub(crate) struct AddArgs {
     /// The device's number [default: the first free one]
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=MAX_DEVICE))]
     pub(crate) number: Option<u32>,
-    /// Queues, each with a thread of its own [default: 1 for each CPU, at most 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=32))]
+    /// Queues, each with a thread of its own [env: VB_UBLK_QUEUES; default: 1 for each CPU, at most
+    /// 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES.into()))]
     pub(crate) queues: Option<u16>,
-    /// Requests in flight on each queue [default: 128]
+    /// Requests in flight on each queue [env: VB_UBLK_DEPTH; default: 128]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) depth: Option<u16>,
     /// Refuse writes
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// The folder of the write-ahead log [default: `wal` in the data folder]
+    /// The folder of the write-ahead log [env: VB_UBLK_WAL_DIR; default: `wal` in the data folder]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) wal_dir: Option<PathBuf>,
-    /// A whole block device as the write-ahead log; what is on it is lost
+    /// A whole block device as the write-ahead log. It must be empty (its first MiB zeros) or hold this volume's log,
+    /// else it is refused [env: VB_UBLK_WAL_DEVICE]
     #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with_all = ["wal_dir", "wal_size"])]
     pub(crate) wal_device: Option<PathBuf>,
-    /// The most that the write-ahead log takes [default: 1G]
+    /// The most that the write-ahead log takes in its folder [env: VB_UBLK_WAL_SIZE; default: 1G]
     #[arg(long, value_name = "SIZE")]
     pub(crate) wal_size: Option<ByteSize>,
     /// The logical block size of a volume to create [default: 512]
@@ -142,13 +145,16 @@ pub(crate) struct AddArgs {
     /// Take the volume over from another host, which can then write it no more
     #[arg(long)]
     pub(crate) force: bool,
-    /// Fail where the process cannot be protected against memory pressure, rather than warn
+    /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
+    /// VB_UBLK_STRICT]
     #[arg(long)]
     pub(crate) strict: bool,
 }
 
 /// The kernel takes device numbers below 2^20 (its minors).
 const MAX_DEVICE: i64 = (1 << 20) - 1;
+/// The most queues of a device, each a thread.
+pub(crate) const MAX_QUEUES: u16 = 32;
 
 pub(crate) fn logical_block(s: &str) -> Result<u32, String> {
     match s {

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::args::Global;
-use crate::config::FileConfig;
+use crate::config::{ByteSize, FileConfig};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{StoreOptions, StoreUrl};
 
@@ -19,8 +19,33 @@ pub(crate) struct Settings {
     pub(crate) store_options: StoreOptions,
     pub(crate) data_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
-    /// For the settings of single commands.
-    pub(crate) file: FileConfig,
+    pub(crate) add: AddDefaults,
+}
+
+/// What `add` does unless its own options say otherwise: from the environment, else from the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct AddDefaults {
+    pub(crate) queues: Option<u16>,
+    pub(crate) depth: Option<u16>,
+    pub(crate) log: Option<LogPlace>,
+    pub(crate) wal_size: Option<ByteSize>,
+    pub(crate) strict: bool,
+}
+
+/// Where a write-ahead log is. One setting of two forms: the place that says either goes before the next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LogPlace {
+    /// In this folder, as a file.
+    Dir(PathBuf),
+    /// This device.
+    Device(PathBuf),
+}
+
+impl LogPlace {
+    /// Of two settings that exclude each other, which the caller has seen to.
+    pub(crate) fn of(dir: Option<PathBuf>, device: Option<PathBuf>) -> Option<Self> {
+        dir.map(Self::Dir).or_else(|| device.map(Self::Device))
+    }
 }
 
 /// Where settings come from, besides the command line.
@@ -33,6 +58,14 @@ impl Surroundings<'_> {
     /// The first of these that is set and not empty.
     fn first(&self, names: &[&str]) -> Option<String> {
         names.iter().find_map(|n| (self.env)(n).filter(|v| !v.is_empty()))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<u16>> {
+        let parse = |v: String| {
+            let what = || Error::new(ErrorKind::Usage, format!("{name} is {v:?}: set it to a whole number"));
+            v.parse().map_err(|_| what())
+        };
+        self.first(&[name]).map(parse).transpose()
     }
 
     fn flag(&self, name: &str) -> Result<Option<bool>> {
@@ -104,7 +137,29 @@ impl Settings {
             insecure: global.insecure || around.flag("VB_UBLK_INSECURE")?.or(file.insecure).unwrap_or(false),
             ..StoreOptions::default()
         };
-        Ok(Self { store, store_options, data_dir, run_dir, file })
+        let add = AddDefaults::resolve(around, file)?;
+        Ok(Self { store, store_options, data_dir, run_dir, add })
+    }
+}
+
+impl AddDefaults {
+    fn resolve(around: &Surroundings<'_>, file: FileConfig) -> Result<Self> {
+        const DIR: &str = "VB_UBLK_WAL_DIR";
+        const DEVICE: &str = "VB_UBLK_WAL_DEVICE";
+        const SIZE: &str = "VB_UBLK_WAL_SIZE";
+        let path = |name| around.first(&[name]).map(PathBuf::from);
+        let (dir, device) = (path(DIR), path(DEVICE));
+        if dir.is_some() && device.is_some() {
+            return Err(Error::new(ErrorKind::Usage, format!("both {DIR} and {DEVICE} are set: keep one of them")));
+        }
+        let size = around.first(&[SIZE]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(SIZE))).transpose()?;
+        Ok(Self {
+            queues: around.number("VB_UBLK_QUEUES")?.or(file.queues),
+            depth: around.number("VB_UBLK_DEPTH")?.or(file.depth),
+            log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
+            wal_size: size.or(file.wal_size),
+            strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
+        })
     }
 }
 
@@ -196,6 +251,53 @@ mod tests {
         assert!(!insecure(&[("VB_UBLK_INSECURE", "0")], "insecure = true").expect("env first"));
         assert!(insecure(&[], "insecure = true").expect("file"));
         assert!(insecure(&[("VB_UBLK_INSECURE", "maybe")], "").is_err());
+    }
+
+    #[test]
+    fn what_add_does_unless_told_otherwise() {
+        let none = Global::default();
+        let add = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.add);
+        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nstrict = true\n";
+        let from_file = AddDefaults {
+            queues: Some(1),
+            depth: Some(2),
+            log: Some(LogPlace::Dir("/file".into())),
+            wal_size: Some(ByteSize(3 << 30)),
+            strict: true,
+        };
+        assert_eq!(add(&[], "").expect("nothing"), AddDefaults::default());
+        assert_eq!(add(&[], file).expect("file"), from_file);
+        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "STRICT"].map(|n| format!("VB_UBLK_{n}"));
+        let empty: Vec<_> = empty.iter().map(|n| (n.as_str(), "")).collect();
+        assert_eq!(add(&empty, file).expect("empty is not set"), from_file);
+        let env = [
+            ("VB_UBLK_QUEUES", "4"),
+            ("VB_UBLK_DEPTH", "5"),
+            ("VB_UBLK_WAL_DEVICE", "/dev/env"),
+            ("VB_UBLK_WAL_SIZE", "6G"),
+            ("VB_UBLK_STRICT", "no"),
+        ];
+        let from_env = AddDefaults {
+            queues: Some(4),
+            depth: Some(5),
+            log: Some(LogPlace::Device("/dev/env".into())),
+            wal_size: Some(ByteSize(6 << 30)),
+            strict: false,
+        };
+        assert_eq!(add(&env, file).expect("env"), from_env);
+        let device = add(&[("VB_UBLK_WAL_DIR", "/env")], "wal-device = \"/dev/file\"").expect("another form");
+        assert_eq!(device.log, Some(LogPlace::Dir("/env".into())));
+        for (name, value) in [
+            ("VB_UBLK_QUEUES", "many"),
+            ("VB_UBLK_QUEUES", "-1"),
+            ("VB_UBLK_DEPTH", "70000"),
+            ("VB_UBLK_WAL_SIZE", "1GB"),
+            ("VB_UBLK_STRICT", "perhaps"),
+        ] {
+            let e = add(&[(name, value)], "").expect_err(name);
+            assert_eq!(e.kind(), ErrorKind::Usage);
+            assert!(e.to_string().contains(name) && e.to_string().contains(value), "{e}");
+        }
     }
 
     #[test]
