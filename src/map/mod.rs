@@ -26,6 +26,7 @@
 //! bytes per mapped block for full leaves however random. A sequential leaf is 24 bytes. An overlay
 //! extent is 16 bytes, its leaf about 50.
 
+mod builder;
 pub mod checkpoint;
 mod image;
 mod leaf;
@@ -44,6 +45,7 @@ use image::{SHARDS, ShardBase, place};
 use leaf::Leaf;
 use overlay::{Extent, LeafOverlay};
 
+pub use builder::ImageBuilder;
 pub use image::{BaseImage, Run};
 pub use location::{Location, MAX_CHUNK, MAX_SOURCE};
 pub use types::{

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 mod codec;
 
-use super::checkpoint::{self, Expect, Ident, ImageBuilder, PartKind};
+use super::checkpoint::{self, Expect, Ident, PartKind};
 use super::image::Counts;
 use super::*;
 use crate::units::ChunkNo;

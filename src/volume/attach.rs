@@ -13,32 +13,27 @@
 
 use std::sync::Arc;
 
-use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
-use super::background::Background;
+use super::background::{Attachment, Background};
+use super::images::{Images, load_images};
 use super::recover::{StoreEnd, apply_groups, checkpoint_end};
+use super::start::{Place, prepare_slots, start_log};
 use super::throttle::Throttle;
 use super::{BackgroundStatus, ReadRequest, Volume};
-use crate::checksum::sha256_hex;
 use crate::chunk::reader::{ChunkReader, Keys};
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, Writer, prefix};
-use crate::map::checkpoint::{Expect, Ident, ImageBuilder, PartKind, decode_part};
-use crate::map::{BaseImage, Entry, EntryKind, LogBlock, Maps};
+use crate::map::Maps;
 use crate::store::{Store, probe};
 use crate::time::Timer;
-use crate::units::{BLOCK, Nonce, SECTOR, Seq};
-use crate::wal::codec::{LogPos, RecordKind};
-use crate::wal::create::{SuperblockFile, new_superblock, zero_slot};
-use crate::wal::log::{Geometry, Log, LogEntry, Start};
+use crate::units::{Nonce, SECTOR};
+use crate::wal::create::{SuperblockFile, new_superblock};
+use crate::wal::log::Geometry;
 use crate::wal::replay::{Replay, replay};
 
-const PARALLEL_PARTS: usize = 4;
-/// Slots that a new log has before the volume is served.
-const FIRST_SLOTS: u32 = 2;
 /// Lanes' reads of chunks that may wait in the channel.
 const READ_QUEUE: usize = 1024;
 
@@ -145,7 +140,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     // Whatever may be wrong with the volume or with the log's disk is found before the volume is taken.
     let images = load_images(store, &name_prefix, &before).await?;
     let found = find_groups(store, &name_prefix, &before, &images, clean, &replayed).await?;
-    prepare_slots(&disk, &file, &geometry, &mut replayed).await?;
+    prepare_slots(&Place { disk: &disk, file: &file, geometry }, &mut replayed).await?;
     let capability = probe::conditional_writes(store, &name_prefix)
         .await
         .map_err(|e| e.context(format!("trying conditional writes in {}", store.url())))?;
@@ -185,7 +180,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         report_end(&before, &end, &replayed, ours);
     }
 
-    let log = start_log(&disk, &file, &mut sb, geometry, salt, replayed, &end, &maps).await?;
+    let log = start_log(Place { disk: &disk, file: &file, geometry }, &mut sb, salt, replayed, &end, &maps).await?;
     let keys = Arc::new(Keys::default());
     keys.set_own(&name_prefix, &published.manifest.history);
     let reader = ChunkReader::new(stores.background.clone(), keys);
@@ -216,18 +211,18 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
             ..BackgroundStatus::default()
         }),
     });
-    let background = Background::new(
-        volume.clone(),
-        stores.background,
+    let background = Background::new(Attachment {
+        volume: volume.clone(),
+        store: stores.background,
         disk,
         timer,
-        reader.clone(),
+        reader: reader.clone(),
         published,
-        sb,
+        superblock: sb,
         commands,
         end,
-        images.full,
-    );
+        full_image: images.full,
+    });
     Ok(Attached { volume, background, reads, reader })
 }
 
@@ -319,168 +314,6 @@ fn report_end(before: &Manifest, end: &StoreEnd, replayed: &Replay, ours: bool) 
             "; what that host had not uploaded is lost".to_owned()
         }
     );
-}
-
-struct Images {
-    /// The newest full image, without its delta: what the next delta is reckoned from.
-    full: BaseImage,
-    current: BaseImage,
-}
-
-async fn load_images(store: &dyn Store, name_prefix: &str, m: &Manifest) -> Result<Images> {
-    let blocks = m.size_bytes / BLOCK as u64;
-    let Some(c) = &m.checkpoint else {
-        let empty = BaseImage::empty(blocks);
-        return Ok(Images { full: empty.clone(), current: empty });
-    };
-    let bad = |e: crate::codec::CodecError| Error::from(e).context("joining the checkpoint's parts");
-    let mut builder = ImageBuilder::new(blocks);
-    for part in load_parts(store, name_prefix, m, &c.full, PartKind::Full).await? {
-        builder.full_part(part).map_err(bad)?;
-    }
-    let full = builder.finish().map_err(bad)?;
-    let Some(delta) = &c.delta else { return Ok(Images { current: full.clone(), full }) };
-    let mut builder = ImageBuilder::over(full.clone());
-    for part in load_parts(store, name_prefix, m, delta, PartKind::Delta).await? {
-        builder.delta_part(part).map_err(bad)?;
-    }
-    Ok(Images { current: builder.finish().map_err(bad)?, full })
-}
-
-async fn load_parts(
-    store: &dyn Store,
-    name_prefix: &str,
-    m: &Manifest,
-    image: &crate::manifest::Image,
-    kind: PartKind,
-) -> Result<Vec<crate::map::checkpoint::Part>> {
-    stream::iter(image.parts.iter().enumerate())
-        .map(|(i, part)| async move {
-            let key = format!("{name_prefix}{}", part.key);
-            let damaged =
-                |why: String| Error::new(ErrorKind::Corrupt, format!("checkpoint part {key} is damaged: {why}"));
-            let (bytes, _) = store.get(&key).await.map_err(|e| match e.kind() {
-                ErrorKind::NotFound => damaged("it is not in the store".to_owned()).with_source(e),
-                _ => e.context(format!("reading checkpoint part {key}")),
-            })?;
-            if bytes.len() as u64 != part.bytes {
-                return Err(damaged(format!("it has {} bytes, the manifest says {}", bytes.len(), part.bytes)));
-            }
-            if sha256_hex(&bytes) != part.sha256 {
-                return Err(damaged("its SHA-256 is not what the manifest says".to_owned()));
-            }
-            let expect = Expect {
-                ident: Ident { volume: m.uuid, number: image.number },
-                kind,
-                part: i as u32,
-                parts: image.parts.len() as u32,
-                volume_blocks: m.size_bytes / BLOCK as u64,
-            };
-            decode_part(&bytes, &expect).map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
-        })
-        .buffered(PARALLEL_PARTS)
-        .try_collect()
-        .await
-}
-
-fn to_map_entry(e: &LogEntry) -> Entry {
-    let kind = match e.kind {
-        RecordKind::Data => EntryKind::Data(LogBlock(e.file_block)),
-        RecordKind::Discard | RecordKind::Zeroes => EntryKind::Hole,
-    };
-    Entry { lba: e.lba, sectors: e.sectors, seq: e.seq, kind }
-}
-
-/// Sees to it that the log has room to begin with.
-async fn prepare_slots<D: Disk>(disk: &D, file: &DataFile, geometry: &Geometry, r: &mut Replay) -> Result<()> {
-    r.slots_ready = r.slots_ready.min(geometry.max_segments);
-    if file.is_device() {
-        // A device has its size; segments of an earlier log bear another log's number, so nothing is zeroed.
-        let slots = (file.size()?.saturating_sub(geometry.slot_offset(0)) / u64::from(geometry.segment_bytes)) as u32;
-        r.slots_ready = slots.min(geometry.max_segments);
-        return Ok(());
-    }
-    let first = FIRST_SLOTS.min(geometry.max_segments);
-    while r.slots_ready < first || r.free.is_empty() && r.slots_ready < geometry.max_segments {
-        match zero_slot(disk, geometry, r.slots_ready).await {
-            Ok(()) => {}
-            // What is in the log can be uploaded, and that makes room.
-            Err(e) if e.kind() == ErrorKind::Full && !r.entries.is_empty() => {
-                tracing::warn!("{e}: writes wait until the log's entries are in the store");
-                break;
-            }
-            Err(e) => return Err(e),
-        }
-        r.free.push(r.slots_ready);
-        r.slots_ready += 1;
-    }
-    disk.sync().await.context(|| format!("syncing {}", file.path().display()))
-}
-
-/// Makes the log ready for its next entries: replayed ones applied, synced, with room.
-#[allow(clippy::too_many_arguments)]
-async fn start_log<D: Disk>(
-    disk: &D,
-    file: &DataFile,
-    sb: &mut SuperblockFile,
-    geometry: Geometry,
-    salt: Box<dyn FnMut() -> u64 + Send>,
-    mut r: Replay,
-    end: &StoreEnd,
-    maps: &Arc<Maps>,
-) -> Result<Log> {
-    let volume_sectors = sb.current.volume_sectors;
-    r.entries.retain(|e| e.seq > end.through);
-    if let Some(first) = r.entries.first()
-        && first.seq != end.through.next()
-    {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "the store ends with entry {}, but the log goes on with entry {}: what lies between is missing",
-                end.through, first.seq
-            ),
-        ));
-    }
-    if let Some(e) = r.entries.iter().find(|e| e.lba.0 + e.sectors > volume_sectors) {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("the log's entry {} lies past the end of the volume", e.seq),
-        ));
-    }
-    // What replay read may still sit in a disk's cache; from here on it counts as durable.
-    disk.sync().await.context(|| format!("syncing {}", file.path().display()))?;
-    let packed = end.through.max(r.packed);
-    sb.packed(disk, packed).await?;
-    let kept: Vec<_> = r.live.iter().copied().filter(|l| l.last_seq > packed).collect();
-    r.free.extend(r.live.iter().filter(|l| l.last_seq <= packed).map(|l| l.slot));
-    if file.is_device() {
-        let used: Vec<u32> = kept.iter().map(|l| l.slot).collect();
-        r.free = (0..r.slots_ready).filter(|s| !used.contains(s)).collect();
-    }
-    let sink_maps = maps.clone();
-    let log = Log::new(
-        sb.current.volume,
-        sb.current.log_id,
-        geometry,
-        Start {
-            next_seq: Seq(end.through.max(r.last_seq).0 + 1),
-            packed,
-            // A log with nothing to keep begins anew: no mark may name slots that are about to be overwritten.
-            end: if kept.is_empty() { LogPos::default() } else { r.end },
-            next_generation: r.next_generation,
-            live: kept,
-            free: r.free,
-            journal: r.entries,
-            slots_ready: r.slots_ready,
-        },
-        salt,
-        Box::new(move |e| sink_maps.apply_entry(&to_map_entry(e))),
-    );
-    for (block, crc) in &r.crcs {
-        log.set_crc(*block, *crc);
-    }
-    Ok(log)
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! - [`engine`]: what a frontend asks of a volume.
 //! - [`lane`]: the requests, on one lane.
 //! - [`attach`]: taking an epoch, finding the state in log and store.
+//! - `images`: the last checkpoint, read back.
+//! - `start`: the log made ready after replay.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
@@ -17,8 +19,10 @@ pub mod attach;
 pub mod background;
 pub mod engine;
 pub mod host;
+mod images;
 pub mod lane;
 pub mod recover;
+mod start;
 pub mod throttle;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -137,20 +137,25 @@ pub struct Background<D: Disk, T: Timer> {
     finished: bool,
 }
 
+/// What an attachment hands to its background.
+pub(super) struct Attachment<D, T> {
+    pub volume: Arc<Volume>,
+    pub store: Arc<dyn Store>,
+    pub disk: D,
+    pub timer: T,
+    pub reader: ChunkReader,
+    pub published: Published,
+    pub superblock: SuperblockFile,
+    pub commands: mpsc::Receiver<Command>,
+    /// What the store holds.
+    pub end: StoreEnd,
+    /// The newest full image, without its delta.
+    pub full_image: BaseImage,
+}
+
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn new(
-        volume: Arc<Volume>,
-        store: Arc<dyn Store>,
-        disk: D,
-        timer: T,
-        reader: ChunkReader,
-        published: Published,
-        superblock: SuperblockFile,
-        commands: mpsc::Receiver<Command>,
-        end: StoreEnd,
-        full_image: BaseImage,
-    ) -> Self {
+    pub(super) fn new(a: Attachment<D, T>) -> Self {
+        let Attachment { volume, store, disk, timer, reader, published, superblock, commands, end, full_image } = a;
         let m = &published.manifest;
         let checkpoint = m.checkpoint.as_ref();
         let next_checkpoint = checkpoint.map_or(1, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)) + 1);
