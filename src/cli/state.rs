@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
+use crate::checksum::sha256_hex;
 use crate::config::VolumeName;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -140,10 +140,9 @@ impl RunDir {
         if path.as_os_str().len() <= MAX_SOCKET_PATH {
             return Ok(path);
         }
-        let hash = Sha256::digest(volume.as_str());
-        let hex: String = hash.iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let hash = sha256_hex(volume.as_str().as_bytes());
         // No volume's name begins with a dot.
-        let path = self.0.join(format!(".{hex}.sock"));
+        let path = self.0.join(format!(".{}.sock", &hash[..16]));
         if path.as_os_str().len() <= MAX_SOCKET_PATH {
             return Ok(path);
         }

@@ -55,6 +55,15 @@ impl fmt::Display for IoFault {
 
 impl std::error::Error for IoFault {}
 
+/// A stretch of sectors of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// How many sectors.
+    pub sectors: u64,
+    /// They take no room and read as zeros.
+    pub hole: bool,
+}
+
 /// A volume as one lane sees it. Not `Send`: each lane has its own.
 ///
 /// The lane's loop: run ready tasks until none is ready; call [`Engine::seal`]; run what that made
@@ -76,6 +85,17 @@ pub trait Engine: 'static {
 
     /// The sectors read as zeros afterwards.
     fn write_zeroes(&self, lba: Lba, sectors: u64, fua: bool) -> impl Future<Output = Result<(), IoFault>>;
+
+    /// What the sectors hold, from `lba` on: appends neighbours of different kinds to `out`, which together have exactly `sectors`.
+    /// Zeros that were written as data count as data. Takes time in proportion to the range and to what is in it.
+    ///
+    /// # Errors
+    /// [`IoFault::BadRange`], [`IoFault::Gone`].
+    fn extents(&self, lba: Lba, sectors: u64, out: &mut Vec<Extent>) -> Result<(), IoFault> {
+        let _ = lba;
+        out.push(Extent { sectors, hole: false });
+        Ok(())
+    }
 
     /// No more requests of this pass will come: what gathered may leave as one batch. Cheap when there is nothing.
     fn seal(&self);

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 
 use super::Volume;
-use super::engine::{Engine, IoFault};
+use super::engine::{Engine, Extent, IoFault};
 use crate::checksum::block_crc;
 use crate::chunk::reader::{Blocks, sectors_good};
 use crate::disk::{Disk, IoBuf};
@@ -39,6 +39,13 @@ pub struct VolumeLane<D: Disk, T: Timer> {
 
 /// Pins log slots under the map's lock; each pin is given back by the [`Pin`] of its piece.
 struct Pinner<'a>(&'a Log);
+
+/// For lookups that look at kinds alone: nothing is read, so nothing has to stay.
+struct Unpinned;
+
+impl PinLog for Unpinned {
+    fn pin(&self, _: LogBlock) {}
+}
 
 impl PinLog for Pinner<'_> {
     fn pin(&self, blk: LogBlock) {
@@ -227,6 +234,22 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
 
     async fn write_zeroes(&self, lba: Lba, sectors: u64, fua: bool) -> Result<(), IoFault> {
         self.hole(lba, sectors, RecordKind::Zeroes, fua).await
+    }
+
+    fn extents(&self, lba: Lba, sectors: u64, out: &mut Vec<Extent>) -> Result<(), IoFault> {
+        self.check(lba, sectors)?;
+        let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
+        self.volume.maps.lookup(lba, sectors, &Unpinned, &mut pieces);
+        let first = out.len();
+        for p in pieces.drain(..) {
+            let (sectors, hole) = (u64::from(p.sectors), p.what == Source::Zero);
+            match out[first..].last_mut() {
+                Some(last) if last.hole == hole => last.sectors += sectors,
+                _ => out.push(Extent { sectors, hole }),
+            }
+        }
+        self.spare.borrow_mut().push(pieces);
+        Ok(())
     }
 
     fn seal(&self) {
