@@ -63,7 +63,7 @@ impl LaneDisk {
 }
 
 /// Whether the kernel only asks for another try.
-const fn is_passing(result: i32) -> bool {
+pub(super) const fn is_passing(result: i32) -> bool {
     matches!(-result, libc::EAGAIN | libc::EINTR)
 }
 

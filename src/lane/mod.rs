@@ -17,6 +17,7 @@ mod disk;
 mod executor;
 mod ops;
 mod ring;
+mod socket;
 mod timer;
 mod waker;
 
@@ -35,6 +36,7 @@ use waker::{MAIN, Registration};
 
 pub use disk::{LaneDisk, MAX_IOVECS};
 pub use ring::{OwnRing, Ring, RingMode};
+pub use socket::LaneSocket;
 pub use timer::LaneTimer;
 
 use crate::disk::IoBuf;

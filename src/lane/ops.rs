@@ -3,7 +3,7 @@
 //! This is one of the marked files that may use `unsafe`.
 //!
 //! Invariants:
-//! - Everything the kernel was told the address of (buffers, iovecs, a timeout's timespec) and the file
+//! - Everything the kernel was told the address of (buffers, iovecs, a message's header, a timeout's timespec) and the file
 //!   itself belong to the operation's *slot* from before its submission entry is pushed until its
 //!   completion has been reaped. A dropped future leaves the slot to the kernel; the completion frees it.
 //! - A slot has one operation at a time, so a completion's slot number says whose it is.
@@ -40,6 +40,10 @@ pub(crate) enum Request {
     Read { fd: Rc<dyn AsFd>, offset: u64, buf: IoBuf },
     /// Write `bufs`, at most 1024 and not empty, one after the other at `offset`.
     Writev { fd: Rc<dyn AsFd>, offset: u64, bufs: Vec<IoBuf>, dsync: bool },
+    /// Read what a socket has into `buf`; with `all`, wait until it is full. May be cancelled.
+    Recv { fd: Rc<dyn AsFd>, buf: IoBuf, all: bool },
+    /// Write `bufs`, at most 1024 and not empty, to a socket. May be cancelled.
+    Send { fd: Rc<dyn AsFd>, bufs: Vec<IoBuf> },
     /// fdatasync.
     Sync { fd: Rc<dyn AsFd> },
     /// Completes with -ETIME after this time.
@@ -70,6 +74,8 @@ struct Slot {
     bufs: Vec<IoBuf>,
     iovecs: Vec<libc::iovec>,
     timespec: Box<Timespec>,
+    /// Points at `iovecs`.
+    msghdr: Box<libc::msghdr>,
 }
 
 impl Slot {
@@ -81,7 +87,16 @@ impl Slot {
             bufs: Vec::new(),
             iovecs: Vec::new(),
             timespec: Box::default(),
+            // SAFETY: a msghdr is numbers and pointers, for which zero is a value: an empty message.
+            msghdr: Box::new(unsafe { mem::zeroed() }),
         }
+    }
+}
+
+impl Slot {
+    fn point_at(&mut self, bufs: &[IoBuf]) {
+        self.iovecs.clear();
+        self.iovecs.extend(bufs.iter().map(|b| libc::iovec { iov_base: b.as_ptr().cast(), iov_len: b.len() }));
     }
 }
 
@@ -130,8 +145,7 @@ impl Slots {
                 entry
             }
             Request::Writev { fd, offset, bufs, dsync } => {
-                slot.iovecs.clear();
-                slot.iovecs.extend(bufs.iter().map(|b| libc::iovec { iov_base: b.as_ptr().cast(), iov_len: b.len() }));
+                slot.point_at(&bufs);
                 let count = u32::try_from(slot.iovecs.len()).unwrap_or(u32::MAX);
                 let entry = opcode::Writev::new(Fd(fd.as_fd().as_raw_fd()), slot.iovecs.as_ptr(), count)
                     .offset(offset)
@@ -139,6 +153,27 @@ impl Slots {
                     .build();
                 slot.fd = Some(fd);
                 slot.bufs = bufs;
+                entry
+            }
+            Request::Recv { fd, buf, all } => {
+                let len = u32::try_from(buf.len()).unwrap_or(1 << 30);
+                let flags = if all { libc::MSG_WAITALL } else { 0 };
+                let entry = opcode::Recv::new(Fd(fd.as_fd().as_raw_fd()), buf.as_ptr(), len).flags(flags).build();
+                slot.fd = Some(fd);
+                slot.bufs.push(buf);
+                slot.cancellable = true;
+                entry
+            }
+            Request::Send { fd, bufs } => {
+                slot.point_at(&bufs);
+                slot.msghdr.msg_iov = slot.iovecs.as_mut_ptr();
+                slot.msghdr.msg_iovlen = slot.iovecs.len() as _;
+                let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+                let entry =
+                    opcode::SendMsg::new(Fd(fd.as_fd().as_raw_fd()), &raw const *slot.msghdr).flags(flags).build();
+                slot.fd = Some(fd);
+                slot.bufs = bufs;
+                slot.cancellable = true;
                 entry
             }
             Request::Sync { fd } => {

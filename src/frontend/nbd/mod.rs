@@ -1,8 +1,26 @@
 //! The NBD server: volumes over TCP and unix sockets, for QEMU, `nbd-client` and their like.
 //!
 //! - [`wire`]: what goes over the socket, as pure functions.
+//! - `handshake`: the talk before the first request.
+//! - `session`: requests and their answers. `guard`: changes of parts of sectors. `memory`: what a client may make the
+//!   server hold. `signal`: waiting for each other on a lane.
+//! - `transport`: a client's bytes; [`tls`]: the same under TLS.
+//! - `worker`: a lane with its clients; [`server`]: the threads, and who accepts.
+//!
+//! - [`wire`]: what goes over the socket, as pure functions.
 //!
 //! Protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
+
+mod guard;
+mod handshake;
+mod memory;
+pub mod server;
+mod session;
+mod signal;
+pub mod tls;
+mod transport;
+pub mod wire;
+mod worker;
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;

@@ -1,0 +1,333 @@
+//! What the clients of one lane may take of its memory, and the buffers themselves.
+//!
+//! Each connection has an allowance of its own ([`OWN`]), so small requests always get on; beyond it, connections share the
+//! lane's [`SHARED`] bytes, at most [`SHARE`] each. Who finds nothing left waits, which ends in the client's socket: it
+//! is not read.
+//!
+//! Invariants:
+//! - The bytes of all living [`Lease`]s are at most `SHARED` + `OWN` for each connection.
+//! - Who waits is served in order; a lease that is dropped lets the next ones on.
+//! - A buffer goes back to the pool only when nobody else looks at it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use crate::disk::IoBuf;
+use crate::time::monotonic_now;
+
+/// Bytes that a lane's clients share.
+pub(super) const SHARED: usize = 128 << 20;
+/// Bytes of it that one client may have: as much as the largest request, and as much again.
+const SHARE: usize = 64 << 20;
+/// Bytes that a client has for itself.
+pub(super) const OWN: usize = 1 << 20;
+/// Buffers are kept for the next request, by powers of two from 4 KiB…
+const SMALLEST: u32 = 12;
+/// …to 1 MiB; larger ones are given back to the system.
+const LARGEST: u32 = 20;
+/// The most bytes that are kept in each size.
+const KEPT: usize = 4 << 20;
+
+/// A client's part.
+#[derive(Debug, Default)]
+pub(super) struct Account {
+    own: Cell<usize>,
+    shared: Cell<usize>,
+    /// Since when the client has neither given nor taken a byte that the server waits for.
+    waits: [Cell<Option<Duration>>; 2],
+}
+
+/// What the server may wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The rest of a request.
+    Payload,
+    /// That it takes its answers.
+    Taking,
+}
+
+impl Account {
+    /// The server begins to wait for this client, or goes on to after something has moved.
+    pub(super) fn waits(&self, what: Wait) {
+        self.waits[what as usize].set(Some(monotonic_now()));
+    }
+
+    /// The server does not wait for that any more.
+    pub(super) fn goes_on(&self, what: Wait) {
+        self.waits[what as usize].set(None);
+    }
+
+    /// Whether it has memory that others could use and has not moved since `then`.
+    pub(super) fn hoards_since(&self, then: Duration) -> bool {
+        self.shared.get() > 0 && self.waits.iter().any(|w| w.get().is_some_and(|s| s < then))
+    }
+}
+
+struct Waiter {
+    id: u64,
+    bytes: usize,
+    account: Rc<Account>,
+    waker: Waker,
+    granted: bool,
+    since: Duration,
+}
+
+#[derive(Default)]
+struct Inner {
+    taken: Cell<usize>,
+    queue: RefCell<VecDeque<Waiter>>,
+    next_id: Cell<u64>,
+    kept: RefCell<[Vec<IoBuf>; (LARGEST - SMALLEST + 1) as usize]>,
+}
+
+/// See the module's page. Clones are the same memory.
+#[derive(Clone, Default)]
+pub(super) struct Memory(Rc<Inner>);
+
+/// A buffer on loan.
+pub(super) struct Lease {
+    /// Present until the drop.
+    buf: Option<IoBuf>,
+    len: usize,
+    memory: Memory,
+    account: Rc<Account>,
+    charge: usize,
+    own: bool,
+}
+
+impl Memory {
+    /// A buffer of `len` bytes, with anything in it. Waits until there is room.
+    pub(super) async fn lease(&self, account: &Rc<Account>, len: usize) -> Lease {
+        let charge = match len {
+            0..=0x1000 => 0x1000,
+            0x1001..=0x10_0000 => len.next_power_of_two(),
+            _ => len.next_multiple_of(1 << SMALLEST),
+        };
+        let own = account.own.get() + charge <= OWN;
+        if own {
+            account.own.set(account.own.get() + charge);
+        } else if self.0.queue.borrow().is_empty() && self.has_room(account, charge) {
+            self.take(account, charge);
+        } else {
+            self.wait(account, charge).await;
+        }
+        Lease { buf: Some(self.buffer(charge)), len, memory: self.clone(), account: Rc::clone(account), charge, own }
+    }
+
+    fn has_room(&self, account: &Account, charge: usize) -> bool {
+        self.0.taken.get() + charge <= SHARED && account.shared.get() + charge <= SHARE
+    }
+
+    fn take(&self, account: &Account, charge: usize) {
+        self.0.taken.set(self.0.taken.get() + charge);
+        account.shared.set(account.shared.get() + charge);
+    }
+
+    async fn wait(&self, account: &Rc<Account>, bytes: usize) {
+        let id = self.0.next_id.get();
+        self.0.next_id.set(id + 1);
+        let mut ticket = Ticket { memory: self, id, queued: false };
+        std::future::poll_fn(|cx| {
+            let mut queue = self.0.queue.borrow_mut();
+            let Some(at) = queue.iter().position(|w| w.id == id) else {
+                let (account, waker) = (Rc::clone(account), cx.waker().clone());
+                queue.push_back(Waiter { id, bytes, account, waker, granted: false, since: monotonic_now() });
+                ticket.queued = true;
+                return Poll::Pending;
+            };
+            if queue[at].granted {
+                queue.remove(at);
+                ticket.queued = false;
+                return Poll::Ready(());
+            }
+            queue[at].waker.clone_from(cx.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Lets those go on for whom there is room. One who waits for its own share does not hold up the others.
+    fn grant(&self) {
+        for w in self.0.queue.borrow_mut().iter_mut().filter(|w| !w.granted) {
+            if self.0.taken.get() + w.bytes > SHARED {
+                break;
+            }
+            if w.account.shared.get() + w.bytes <= SHARE {
+                self.take(&w.account, w.bytes);
+                w.granted = true;
+                w.waker.wake_by_ref();
+            }
+        }
+    }
+
+    fn give_back(&self, account: &Account, charge: usize) {
+        self.0.taken.set(self.0.taken.get() - charge);
+        account.shared.set(account.shared.get() - charge);
+        self.grant();
+    }
+
+    /// Whether somebody has been waiting since `then` for what others have.
+    pub(super) fn is_short_since(&self, then: Duration) -> bool {
+        let queue = self.0.queue.borrow();
+        queue.iter().any(|w| !w.granted && w.since < then && w.account.shared.get() + w.bytes <= SHARE)
+    }
+
+    fn place(charge: usize) -> Option<usize> {
+        (charge.is_power_of_two() && charge <= 1 << LARGEST).then(|| (charge.trailing_zeros() - SMALLEST) as usize)
+    }
+
+    fn buffer(&self, charge: usize) -> IoBuf {
+        let kept = Self::place(charge).and_then(|i| self.0.kept.borrow_mut()[i].pop());
+        kept.unwrap_or_else(|| IoBuf::zeroed(charge))
+    }
+
+    fn keep(&self, buf: IoBuf) {
+        if buf.is_shared() {
+            return;
+        }
+        if let Some(i) = Self::place(buf.len()) {
+            let kept = &mut self.0.kept.borrow_mut()[i];
+            if (kept.len() + 1) * buf.len() <= KEPT {
+                kept.push(buf);
+            }
+        }
+    }
+}
+
+/// A place in the queue; left when the wait is given up.
+struct Ticket<'a> {
+    memory: &'a Memory,
+    id: u64,
+    queued: bool,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        if !self.queued {
+            return;
+        }
+        let mut queue = self.memory.0.queue.borrow_mut();
+        let Some(w) = queue.iter().position(|w| w.id == self.id).and_then(|i| queue.remove(i)) else { return };
+        drop(queue);
+        if w.granted {
+            self.memory.give_back(&w.account, w.bytes);
+        } else {
+            self.memory.grant();
+        }
+    }
+}
+
+impl Lease {
+    /// The bytes that were asked for.
+    pub(super) fn all(&self) -> IoBuf {
+        self.slice(0..self.len)
+    }
+
+    /// A part of them.
+    pub(super) fn slice(&self, range: Range<usize>) -> IoBuf {
+        self.buf.as_ref().expect("the buffer is there until the drop").slice(range)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(buf) = self.buf.take() {
+            self.memory.keep(buf);
+        }
+        if self.own {
+            self.account.own.set(self.account.own.get() - self.charge);
+        } else {
+            self.memory.give_back(&self.account, self.charge);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::{Pin, pin};
+    use std::task::Context;
+
+    use super::*;
+
+    fn poll<F: Future>(f: Pin<&mut F>) -> Poll<F::Output> {
+        f.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn now(m: &Memory, a: &Rc<Account>, len: usize) -> Option<Lease> {
+        match poll(pin!(m.lease(a, len))) {
+            Poll::Ready(l) => Some(l),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn buffers_are_used_again_unless_somebody_looks() {
+        let (m, a) = (Memory::default(), Rc::default());
+        let first = now(&m, &a, 5000).expect("own");
+        assert!(first.all().len() == 5000 && first.all().is_aligned(8));
+        let at = first.all().as_ptr();
+        drop(first);
+        let again = now(&m, &a, 8192).expect("own");
+        assert_eq!(again.all().as_ptr(), at);
+        let looked_at = again.all();
+        drop(again);
+        assert_ne!(now(&m, &a, 8192).expect("own").all().as_ptr(), at, "a buffer under somebody's eyes");
+        drop(looked_at);
+    }
+
+    #[test]
+    fn a_client_has_its_own_and_its_share() {
+        let (m, greedy, other) = (Memory::default(), Rc::default(), Rc::default());
+        let held: Vec<_> = (0..3).map_while(|_| now(&m, &greedy, 32 << 20)).collect();
+        assert_eq!(held.len(), 2, "its share is used up");
+        let own: Vec<_> = (0..300).map_while(|_| now(&m, &greedy, 4096)).collect();
+        assert_eq!(own.len(), OWN / 4096, "small ones go on with its own memory");
+        let theirs: Vec<_> = (0..3).map_while(|_| now(&m, &other, 32 << 20)).collect();
+        assert_eq!(theirs.len(), 2, "the other's share is there");
+        assert_eq!(m.0.taken.get(), SHARED);
+        drop((held, own, theirs));
+        assert_eq!((m.0.taken.get(), greedy.own.get(), greedy.shared.get()), (0, 0, 0));
+    }
+
+    #[test]
+    fn who_waits_is_served_in_order_and_may_give_up() {
+        let m = Memory::default();
+        let accounts: [Rc<Account>; 4] = Default::default();
+        let mut held: Vec<_> =
+            accounts[..2].iter().flat_map(|a| [now(&m, a, 32 << 20), now(&m, a, 32 << 20)]).flatten().collect();
+        assert_eq!(held.len(), 4);
+        let mut gives_up = Box::pin(m.lease(&accounts[2], 32 << 20));
+        let mut waits = pin!(m.lease(&accounts[3], 32 << 20));
+        assert!(poll(gives_up.as_mut()).is_pending() && poll(waits.as_mut()).is_pending());
+        assert!(m.is_short_since(monotonic_now() + Duration::from_secs(1)));
+        assert!(!m.is_short_since(Duration::ZERO));
+        assert!(now(&m, &accounts[3], 2 << 20).is_none(), "nobody overtakes");
+        held.pop();
+        assert!(poll(waits.as_mut()).is_pending(), "it is the first one's turn");
+        drop(gives_up);
+        let Poll::Ready(lease) = poll(waits.as_mut()) else { panic!("what was granted to the other is free again") };
+        drop((lease, held));
+        assert_eq!(m.0.taken.get(), 0);
+        assert!(m.0.queue.borrow().is_empty());
+    }
+
+    #[test]
+    fn hoarders_are_known() {
+        let (m, a) = (Memory::default(), Rc::<Account>::default());
+        let later = monotonic_now() + Duration::from_secs(60);
+        a.waits(Wait::Taking);
+        a.waits(Wait::Payload);
+        a.goes_on(Wait::Payload);
+        assert!(!a.hoards_since(later), "it has nothing that others could use");
+        let lease = now(&m, &a, 2 << 20).expect("room");
+        assert!(a.hoards_since(later) && !a.hoards_since(Duration::ZERO));
+        a.goes_on(Wait::Taking);
+        assert!(!a.hoards_since(later));
+        drop(lease);
+    }
+}
