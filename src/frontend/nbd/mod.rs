@@ -17,6 +17,8 @@ mod memory;
 pub mod server;
 mod session;
 mod signal;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 mod transport;
 pub mod wire;
