@@ -11,13 +11,15 @@
 //!
 //! Protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod guard;
 mod handshake;
 mod memory;
 pub mod server;
 mod session;
 mod signal;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod testing;
 pub mod tls;
 mod transport;
