@@ -168,7 +168,7 @@ impl Slots {
                 slot.point_at(&bufs);
                 slot.msghdr.msg_iov = slot.iovecs.as_mut_ptr();
                 slot.msghdr.msg_iovlen = slot.iovecs.len() as _;
-                let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL).cast_unsigned();
+                let flags = libc::MSG_NOSIGNAL.cast_unsigned();
                 let entry =
                     opcode::SendMsg::new(Fd(fd.as_fd().as_raw_fd()), &raw const *slot.msghdr).flags(flags).build();
                 slot.fd = Some(fd);

@@ -80,6 +80,11 @@ impl LaneSocket {
         self.shut(Shutdown::Read);
     }
 
+    /// The peer finds the end behind what has been sent.
+    pub fn stop_writing(&self) {
+        self.shut(Shutdown::Write);
+    }
+
     /// Ends both directions: receives and sends under way end, and the peer hears of it.
     pub fn close(&self) {
         self.shut(Shutdown::Both);

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::ExportInfo;
 use super::handshake::{Dialect, Hall, Handshake, TlsState};
 use super::memory::Memory;
-use super::session::{Served, Session, Spawn};
+use super::session::{Served, Session};
 use super::testing::{Script, Sectors, Tasks};
 use super::transport::Input;
 use crate::error::{Error, ErrorKind, Result};
@@ -26,6 +26,8 @@ impl Hall for OneDoor {
         }
         Ok(ExportInfo { name: "v".into(), description: "one".into(), size_bytes: 1 << 20, read_only: false })
     }
+
+    fn lament(&self, _: &str, _: &Error) {}
 
     async fn open(&self, name: &str) -> Result<((), ExportInfo)> {
         Ok(((), self.info(name).await?))
@@ -67,11 +69,8 @@ pub fn session(said: &[u8]) {
         allocation: true,
     };
     let tasks = Tasks::default();
-    let spawn: Spawn = {
-        let tasks = tasks.clone();
-        Box::new(move |t| tasks.spawn(t))
-    };
-    let session = Session::new(script, served, (Memory::default(), Rc::default()), spawn, Rc::new(Cell::new(false)));
+    let session =
+        Session::new(script, served, (Memory::default(), Rc::default()), tasks.beside(), Rc::new(Cell::new(false)));
     // How it ends is the client's affair; that it does is ours.
     let _ = tasks.run(session.run(Input::new(64)));
     assert!(tasks.is_empty(), "something is still under way");

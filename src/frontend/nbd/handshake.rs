@@ -14,6 +14,9 @@ use super::wire::{self, Nonsense, export_flag, info, option, reply};
 use crate::disk::IoBuf;
 use crate::error::{Error, ErrorKind, Result};
 
+/// An option that is too long is read past up to so many bytes.
+const MAX_SKIPPED_OPTION: u32 = 1 << 20;
+
 /// What the handshake asks of the server.
 pub(super) trait Hall {
     /// An open export.
@@ -27,6 +30,9 @@ pub(super) trait Hall {
 
     /// See [`super::Exports::open`].
     fn open(&self, name: &str) -> impl Future<Output = Result<(Self::Opened, ExportInfo)>>;
+
+    /// An export could not be opened, which people may want to know.
+    fn lament(&self, name: &str, why: &Error);
 }
 
 /// What TLS is to this client.
@@ -154,7 +160,7 @@ impl Handshake {
             input.consume(16);
             if len as usize > wire::MAX_OPTION {
                 // Told, then skipped if that can be done in sensible time.
-                if u64::from(len) > wire::MAX_SKIPPED || number == option::EXPORT_NAME {
+                if len > MAX_SKIPPED_OPTION || number == option::EXPORT_NAME || self.tls == TlsState::Required {
                     return Err(Nonsense("an option is too long to be one").into());
                 }
                 input.skip(len.into(), client).await?;
@@ -181,6 +187,9 @@ impl Handshake {
                     if self.start_tls(input, client, &data).await? {
                         return Ok(Outcome::StartTls);
                     }
+                }
+                option::EXPORT_NAME if self.dialect == Dialect::Extended => {
+                    return Err(Nonsense("EXPORT_NAME does not go with extended headers").into());
                 }
                 option::EXPORT_NAME => return self.export_name(client, hall, &data).await,
                 option::GO | option::INFO => {
@@ -250,7 +259,7 @@ impl Handshake {
         let (export, info) = match hall.open(&name).await {
             Ok(opened) => opened,
             Err(e) => {
-                tracing::warn!("a client asked for export {name:?}: {e}");
+                hall.lament(&name, &e);
                 return Ok(Outcome::Left);
             }
         };
@@ -282,7 +291,7 @@ impl Handshake {
             Ok(found) => found,
             Err(e) => {
                 if number == option::GO {
-                    tracing::warn!("a client asked for export {:?}: {e}", query.name);
+                    hall.lament(&query.name, &e);
                 }
                 self.refuse(client, number, &e).await?;
                 return Ok(None);
@@ -290,15 +299,16 @@ impl Handshake {
         };
         let flags = export_flags(info.read_only, self.dialect);
         let mut words = wire::option_reply(number, reply::INFO, &wire::export_data(info.size_bytes, flags));
-        for kind in &query.wanted {
-            let data = match *kind {
-                info::NAME => wire::text_data(info::NAME, &info.name),
-                info::DESCRIPTION => wire::text_data(info::DESCRIPTION, &info.description),
-                // Smaller requests are served, too; who asks is told what is good for it.
-                info::BLOCK_SIZE => wire::block_size_data(512, 4096, wire::MAX_PAYLOAD).to_vec(),
-                _ => continue,
-            };
-            words.extend(wire::option_reply(number, reply::INFO, &data));
+        // Once each, however often it is asked for. Smaller requests are served, too; who asks is told what is good for it.
+        let block_size = || wire::block_size_data(512, 4096, wire::MAX_PAYLOAD).to_vec();
+        for (kind, data) in [
+            (info::NAME, &(|| wire::text_data(info::NAME, &info.name)) as &dyn Fn() -> Vec<u8>),
+            (info::DESCRIPTION, &|| wire::text_data(info::DESCRIPTION, &info.description)),
+            (info::BLOCK_SIZE, &block_size),
+        ] {
+            if query.wanted.contains(&kind) {
+                words.extend(wire::option_reply(number, reply::INFO, &data()));
+            }
         }
         words.extend(wire::option_reply(number, reply::ACK, b""));
         send(client, &words).await?;

@@ -4,6 +4,9 @@
 //! lane's [`SHARED`] bytes, at most [`SHARE`] each. Who finds nothing left waits, which ends in the client's socket: it
 //! is not read.
 //!
+//! Not reckoned here: what a connection receives into (at most 256 KiB), headers of answers (about as much), and a sector's copy for each
+//! change of parts of sectors.
+//!
 //! Invariants:
 //! - The bytes of all living [`Lease`]s are at most `SHARED` + `OWN` for each connection.
 //! - Who waits is served in order; a lease that is dropped lets the next ones on.
@@ -27,10 +30,10 @@ const SHARE: usize = 64 << 20;
 pub(super) const OWN: usize = 1 << 20;
 /// Buffers are kept for the next request, by powers of two from 4 KiB…
 const SMALLEST: u32 = 12;
-/// …to 1 MiB; larger ones are given back to the system.
-const LARGEST: u32 = 20;
-/// The most bytes that are kept in each size.
-const KEPT: usize = 4 << 20;
+/// …to 4 MiB; larger ones are given back to the system.
+const LARGEST: u32 = 22;
+/// The most bytes that are kept.
+const KEPT: usize = 32 << 20;
 
 /// A client's part.
 #[derive(Debug, Default)]
@@ -61,6 +64,11 @@ impl Account {
         self.waits[what as usize].set(None);
     }
 
+    /// Whether it has not taken a byte of what is being sent since `then`.
+    pub(super) fn has_not_taken_since(&self, then: Duration) -> bool {
+        self.waits[Wait::Taking as usize].get().is_some_and(|s| s < then)
+    }
+
     /// Whether it has memory that others could use and has not moved since `then`.
     pub(super) fn hoards_since(&self, then: Duration) -> bool {
         self.shared.get() > 0 && self.waits.iter().any(|w| w.get().is_some_and(|s| s < then))
@@ -81,6 +89,7 @@ struct Inner {
     taken: Cell<usize>,
     queue: RefCell<VecDeque<Waiter>>,
     next_id: Cell<u64>,
+    kept_bytes: Cell<usize>,
     kept: RefCell<[Vec<IoBuf>; (LARGEST - SMALLEST + 1) as usize]>,
 }
 
@@ -104,7 +113,7 @@ impl Memory {
     pub(super) async fn lease(&self, account: &Rc<Account>, len: usize) -> Lease {
         let charge = match len {
             0..=0x1000 => 0x1000,
-            0x1001..=0x10_0000 => len.next_power_of_two(),
+            0x1001..=0x40_0000 => len.next_power_of_two(),
             _ => len.next_multiple_of(1 << SMALLEST),
         };
         let own = account.own.get() + charge <= OWN;
@@ -137,7 +146,14 @@ impl Memory {
                 let (account, waker) = (Rc::clone(account), cx.waker().clone());
                 queue.push_back(Waiter { id, bytes, account, waker, granted: false, since: monotonic_now() });
                 ticket.queued = true;
-                return Poll::Pending;
+                drop(queue);
+                // Those before it may all be waiting for shares of their own.
+                self.grant();
+                if self.0.queue.borrow_mut().pop_back_if(|w| w.granted).is_none() {
+                    return Poll::Pending;
+                }
+                ticket.queued = false;
+                return Poll::Ready(());
             };
             if queue[at].granted {
                 queue.remove(at);
@@ -181,8 +197,13 @@ impl Memory {
     }
 
     fn buffer(&self, charge: usize) -> IoBuf {
-        let kept = Self::place(charge).and_then(|i| self.0.kept.borrow_mut()[i].pop());
-        kept.unwrap_or_else(|| IoBuf::zeroed(charge))
+        match Self::place(charge).and_then(|i| self.0.kept.borrow_mut()[i].pop()) {
+            Some(buf) => {
+                self.0.kept_bytes.set(self.0.kept_bytes.get() - charge);
+                buf
+            }
+            None => IoBuf::zeroed(charge),
+        }
     }
 
     fn keep(&self, buf: IoBuf) {
@@ -190,9 +211,10 @@ impl Memory {
             return;
         }
         if let Some(i) = Self::place(buf.len()) {
-            let kept = &mut self.0.kept.borrow_mut()[i];
-            if (kept.len() + 1) * buf.len() <= KEPT {
-                kept.push(buf);
+            let bytes = self.0.kept_bytes.get() + buf.len();
+            if bytes <= KEPT {
+                self.0.kept_bytes.set(bytes);
+                self.0.kept.borrow_mut()[i].push(buf);
             }
         }
     }
@@ -314,6 +336,17 @@ mod tests {
         drop((lease, held));
         assert_eq!(m.0.taken.get(), 0);
         assert!(m.0.queue.borrow().is_empty());
+    }
+
+    #[test]
+    fn who_waits_for_its_own_share_holds_up_nobody() {
+        let (m, greedy, other) = (Memory::default(), Rc::default(), Rc::default());
+        let held = [now(&m, &greedy, 32 << 20), now(&m, &greedy, 32 << 20)];
+        let mut third = pin!(m.lease(&greedy, 32 << 20));
+        assert!(held.iter().all(Option::is_some) && poll(third.as_mut()).is_pending());
+        assert!(now(&m, &other, 2 << 20).is_some(), "there is room for the other");
+        drop(held);
+        assert!(poll(third.as_mut()).is_ready());
     }
 
     #[test]

@@ -5,9 +5,8 @@
 //! - `session`: requests and their answers. `guard`: changes of parts of sectors. `memory`: what a client may make the
 //!   server hold. `signal`: waiting for each other on a lane.
 //! - `transport`: a client's bytes; [`tls`]: the same under TLS.
-//! - `worker`: a lane with its clients; [`server`]: the threads, and who accepts.
-//!
-//! - [`wire`]: what goes over the socket, as pure functions.
+//! - `worker`: a lane with its clients; `visit`: one that has not chosen yet; [`server`]: the threads, and who accepts; `shared`: what
+//!   they have in common.
 //!
 //! Protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 
@@ -18,11 +17,13 @@ mod handshake;
 mod memory;
 pub mod server;
 mod session;
+mod shared;
 mod signal;
 #[cfg(any(test, fuzzing))]
 mod testing;
 pub mod tls;
 mod transport;
+mod visit;
 pub mod wire;
 mod worker;
 
@@ -119,7 +120,7 @@ pub struct ServerSpec {
     pub max_connections: usize,
     /// Absent: no TLS.
     pub tls: Option<Tls>,
-    /// How long a client may take from connecting to its first request.
+    /// How long a client may take to choose an export, without what it waits for the exports.
     pub handshake_timeout: Duration,
 }
 

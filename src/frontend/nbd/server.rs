@@ -15,8 +15,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::sync::oneshot;
 
-use super::worker::{self, Client, Door, Shared};
-use super::{Exports, Listener, ServerSpec, ServerStatus};
+use super::shared::{Client, Door, Shared};
+use super::{Exports, Listener, ServerSpec, ServerStatus, worker};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// How long an acceptor rests after an error that may last (no descriptors left), in milliseconds.
@@ -32,7 +32,8 @@ struct Lobby<X: Exports> {
     bell: EventFd,
 }
 
-/// A running server.
+/// A running server. It runs until it is stopped, also when this is dropped.
+#[must_use = "a server runs until it is stopped"]
 pub struct Server<X: Exports> {
     lobby: Arc<Lobby<X>>,
     workers: Vec<JoinHandle<()>>,
@@ -108,7 +109,9 @@ impl<X: Exports> Server<X> {
         for door in &self.lobby.doors {
             door.stop();
         }
-        accepted.and(join(self.workers))
+        let worked = join(self.workers);
+        self.lobby.shared.until_none_asks();
+        accepted.and(worked)
     }
 }
 
@@ -170,7 +173,8 @@ impl<X: Exports> Lobby<X> {
         if connections.fetch_add(1, Ordering::Relaxed) >= self.max_connections {
             connections.fetch_sub(1, Ordering::Relaxed);
             self.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!("client {} is turned away: there are {} already", client.name, self.max_connections);
+            let most = self.max_connections;
+            self.shared.sparing.say(|| format!("client {} is turned away: there are {most} already", client.name));
             return;
         }
         if let Some(door) = self.doors.iter().min_by_key(|d| d.clients.load(Ordering::Relaxed)) {
@@ -188,7 +192,7 @@ impl Listener {
                 socket.set_nonblocking(false)?;
                 socket.set_nodelay(true)?;
                 setsockopt(&socket, sockopt::KeepAlive, &true)?;
-                // A client whose machine has died is found out within minutes, not hours.
+                // An idle client whose machine has died is found out within minutes; for a busy one, TCP gives up after a quarter of an hour.
                 setsockopt(&socket, sockopt::TcpKeepIdle, &60)?;
                 setsockopt(&socket, sockopt::TcpKeepInterval, &15)?;
                 setsockopt(&socket, sockopt::TcpKeepCount, &4)?;

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
+use super::session::{Beside, Task};
 use super::signal::Signal;
 use super::transport::Transport;
 use crate::disk::IoBuf;
@@ -74,6 +75,15 @@ impl Transport for Rc<Script> {
         Ok(())
     }
 
+    fn stop_reading(&self) {
+        self.over.set(true);
+        self.changed.tell();
+    }
+
+    async fn finish(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn close(&self) {
         self.closed.set(true);
         self.changed.tell();
@@ -82,13 +92,9 @@ impl Transport for Rc<Script> {
 
 /// Runs tasks until none of them moves any more.
 #[derive(Clone, Default)]
-pub(super) struct Tasks(Rc<RefCell<Vec<Pin<Box<dyn Future<Output = ()>>>>>>);
+pub(super) struct Tasks(Rc<RefCell<Vec<Task>>>);
 
 impl Tasks {
-    pub(super) fn spawn(&self, task: Pin<Box<dyn Future<Output = ()>>>) {
-        self.0.borrow_mut().push(task);
-    }
-
     /// Polls `main` and the tasks by turns; panics when `main` is not done after very many rounds.
     pub(super) fn run<T>(&self, main: impl Future<Output = T>) -> T {
         let mut main = std::pin::pin!(main);
@@ -104,6 +110,19 @@ impl Tasks {
             }
         }
         panic!("it waits for ever");
+    }
+
+    /// What a session wants of its lane. A sleep takes some rounds, whatever its length.
+    pub(super) fn beside(&self) -> Beside {
+        let tasks = self.clone();
+        let sleep = |_| -> Task {
+            let mut left = 20;
+            Box::pin(std::future::poll_fn(move |_| {
+                left -= 1;
+                if left == 0 { Poll::Ready(()) } else { Poll::Pending }
+            }))
+        };
+        Beside { spawn: Box::new(move |t| tasks.0.borrow_mut().push(t)), sleep: Box::new(sleep) }
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -36,7 +36,9 @@ pub fn load(dir: &Path) -> Result<Arc<ServerConfig>> {
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::new(ErrorKind::Internal, "setting up TLS").with_source(e))?;
-    let builder = if ca.exists() {
+    // Only what is certainly not there is not wanted: a link to nowhere must not let everybody in.
+    let absent = std::fs::symlink_metadata(&ca).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    let builder = if !absent {
         let mut roots = RootCertStore::empty();
         for c in certificates(&ca)? {
             roots.add(c).map_err(|e| bad(&ca, "has a certificate that cannot sign others").with_source(e))?;
@@ -197,8 +199,18 @@ impl Transport for TlsSocket {
         self.flush(moved).await
     }
 
-    fn close(&self) {
+    fn stop_reading(&self) {
+        self.socket.stop_reading();
+    }
+
+    async fn finish(&self) -> io::Result<()> {
         self.machine.borrow_mut().tls.send_close_notify();
+        self.flush(&|| {}).await?;
+        self.socket.stop_writing();
+        Ok(())
+    }
+
+    fn close(&self) {
         self.socket.close();
     }
 }

@@ -14,6 +14,12 @@ pub(super) trait Transport: 'static {
     /// All of `bufs`; `moved` is called whenever some of it has gone.
     fn send(&self, bufs: Vec<IoBuf>, moved: &dyn Fn()) -> impl Future<Output = io::Result<()>>;
 
+    /// Takes no more: who receives finds the end, behind what has come already.
+    fn stop_reading(&self);
+
+    /// Ends our direction as it should be: the peer finds the end behind what has been sent.
+    fn finish(&self) -> impl Future<Output = io::Result<()>>;
+
     /// Ends both directions, also for who waits there.
     fn close(&self);
 }
@@ -25,6 +31,15 @@ impl Transport for LaneSocket {
 
     async fn send(&self, bufs: Vec<IoBuf>, moved: &dyn Fn()) -> io::Result<()> {
         Self::send(self, bufs, moved).await
+    }
+
+    fn stop_reading(&self) {
+        Self::stop_reading(self);
+    }
+
+    async fn finish(&self) -> io::Result<()> {
+        self.stop_writing();
+        Ok(())
     }
 
     fn close(&self) {
@@ -55,6 +70,11 @@ impl Input {
     /// What has come.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.buf.bytes()[self.start..self.end]
+    }
+
+    /// There is no room for more.
+    pub(super) const fn is_full(&self) -> bool {
+        self.end - self.start == self.buf.len()
     }
 
     /// So many have been parsed.

@@ -135,8 +135,6 @@ pub mod reply {
     pub const ERR_TLS_REQD: u32 = 1 << 31 | 5;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
-    /// The server ends.
-    pub const ERR_SHUTDOWN: u32 = 1 << 31 | 7;
     /// Too long.
     pub const ERR_TOO_BIG: u32 = 1 << 31 | 9;
     /// Not after extended headers.
@@ -167,8 +165,8 @@ pub enum Errno {
     Inval = 22,
     /// Past the end.
     NoSpc = 28,
-    /// An answer that would not fit.
-    Overflow = 75,
+    /// Not in this way.
+    NotSup = 95,
     /// The volume is being taken away.
     Shutdown = 108,
 }
@@ -266,10 +264,10 @@ pub fn parse_meta(data: &[u8]) -> Option<MetaQuery> {
     rest.is_empty().then_some(q)
 }
 
-/// A name of an export. `None` when it is too long or not UTF-8.
+/// A name of an export. `None` when it is too long, not UTF-8, or has a NUL in it.
 #[must_use]
 pub fn export_name(bytes: &[u8]) -> Option<String> {
-    if bytes.len() > MAX_NAME {
+    if bytes.len() > MAX_NAME || bytes.contains(&0) {
         return None;
     }
     String::from_utf8(bytes.to_vec()).ok()

@@ -32,6 +32,8 @@ impl Hall for TwoDoors {
         }
     }
 
+    fn lament(&self, _: &str, _: &Error) {}
+
     async fn open(&self, name: &str) -> Result<((), ExportInfo)> {
         let info = self.info(name).await?;
         if name == "busy" {

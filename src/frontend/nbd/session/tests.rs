@@ -127,12 +127,8 @@ impl Talk {
             allocation: self.dialect != Dialect::Simple,
         };
         let tasks = Tasks::default();
-        let spawn: Spawn = {
-            let tasks = tasks.clone();
-            Box::new(move |t| tasks.spawn(t))
-        };
         let memory = (Memory::default(), Rc::default());
-        let session = Session::new(Rc::clone(&script), served, memory, spawn, Rc::default());
+        let session = Session::new(Rc::clone(&script), served, memory, tasks.beside(), Rc::default());
         let ended = tasks.run(session.run(Input::new(64)));
         assert!(tasks.is_empty(), "something is still under way");
         assert!(script.closed.get());
