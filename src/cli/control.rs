@@ -7,15 +7,20 @@
 //! Invariants:
 //! - One client at a time, for at most [`CONVERSATION`] and with requests of at most [`MAX_REQUEST`] bytes:
 //!   none can hold up the others for longer, nor take memory.
-//! - Nothing that a client sends ends the thread.
+//! - Nothing that a client sends ends the thread; [`Control::end`] does, whatever its client does.
 
 use std::fs::Permissions;
 use std::io::{self, ErrorKind as IoKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -73,16 +78,71 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener> {
     listener.context(|| format!("making the control socket {}", path.display()))
 }
 
-/// Starts the thread that answers, for as long as the process lives.
-pub(super) fn spawn(listener: UnixListener, daemon: impl Daemon) -> Result<()> {
+/// What a thread that answers shares with who may end it.
+#[derive(Debug, Default)]
+struct Ending {
+    ended: AtomicBool,
+    /// The client that is being answered.
+    client: Mutex<Option<UnixStream>>,
+}
+
+impl Ending {
+    fn client(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        // Each change is one assignment.
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A control socket that is answered.
+#[derive(Debug)]
+pub(super) struct Control {
+    listener: UnixListener,
+    ending: Arc<Ending>,
+    thread: JoinHandle<()>,
+}
+
+impl Control {
+    /// Answers for as long as the process lives.
+    pub(super) fn leave_running(self) {
+        drop(self.thread);
+    }
+
+    /// Answers no more, hangs up on who is being answered, and has the thread let go of its daemon.
+    pub(super) fn end(self) {
+        self.ending.ended.store(true, Ordering::Release);
+        // Wakes the thread wherever it waits: a listener that is shut down takes no more clients.
+        if let Err(e) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
+            tracing::debug!("shutting down a control socket: {e}");
+        }
+        if let Some(client) = self.ending.client().take() {
+            let _ = client.shutdown(std::net::Shutdown::Both);
+        }
+        if self.thread.join().is_err() {
+            tracing::error!("the thread of a control socket has panicked");
+        }
+    }
+}
+
+/// Starts the thread that answers.
+pub(super) fn spawn(listener: UnixListener, daemon: impl Daemon) -> Result<Control> {
+    let starting = || "starting the thread of the control socket";
+    let ending = Arc::new(Ending::default());
+    let (own, shared) = (listener.try_clone().context(starting)?, Arc::clone(&ending));
     let run = move || {
-        loop {
+        while !shared.ended.load(Ordering::Acquire) {
             match listener.accept() {
                 Ok((stream, _)) => {
-                    if let Err(e) = converse(&stream, &daemon, CONVERSATION) {
+                    // Without a second descriptor nobody can hang up on the client; its time is limited all the same.
+                    *shared.client() = stream.try_clone().ok();
+                    // Who ended it before the client was to be seen has not hung up on it.
+                    if !shared.ended.load(Ordering::Acquire)
+                        && let Err(e) = converse(&stream, &daemon, CONVERSATION)
+                    {
                         tracing::debug!("a client of the control socket: {e}");
                     }
+                    *shared.client() = None;
                 }
+                Err(_) if shared.ended.load(Ordering::Acquire) => return,
                 Err(e) => {
                     tracing::warn!("taking a client of the control socket: {e}");
                     super::pause(Duration::from_millis(100));
@@ -90,11 +150,8 @@ pub(super) fn spawn(listener: UnixListener, daemon: impl Daemon) -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new()
-        .name("control".into())
-        .spawn(run)
-        .map(drop)
-        .context(|| "starting the thread of the control socket")
+    let thread = std::thread::Builder::new().name("control".into()).spawn(run).context(starting)?;
+    Ok(Control { listener: own, ending, thread })
 }
 
 /// Answers one client until it hangs up, breaks the rules or runs out of time.
@@ -201,8 +258,7 @@ fn ask(socket: &Path, request: &Request) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use super::*;
 
@@ -250,7 +306,7 @@ mod tests {
         let listener = listen(&path).expect("listen");
         assert_eq!(std::fs::metadata(&path).expect("meta").permissions().mode() & 0o777, 0o600);
         let fake = Fake::default();
-        spawn(listener, fake.clone()).expect("spawn");
+        spawn(listener, fake.clone()).expect("spawn").leave_running();
         assert_eq!(status(&path).expect("status")["volume"], "v");
         let e = detach(&path, false).expect_err("mounted");
         assert_eq!((e.kind(), e.to_string().as_str()), (ErrorKind::Busy, "/dev/ublkb0 is mounted"));
@@ -258,6 +314,27 @@ mod tests {
         assert_eq!(fake.detached.load(Ordering::Relaxed), 1);
         let e = status(&dir.path().join("none.sock")).expect_err("none");
         assert_eq!(e.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn it_ends_when_told_to_with_and_without_a_client() {
+        for with_client in [false, true] {
+            let dir = tempfile::tempdir().expect("dir");
+            let path = dir.path().join("v.sock");
+            let fake = Fake::default();
+            let control = spawn(listen(&path).expect("listen"), fake.clone()).expect("spawn");
+            // It has been answered once, and says no more.
+            let mut client = with_client.then(|| UnixStream::connect(&path).expect("connect"));
+            if let Some(client) = &mut client {
+                client.write_all(b"{\"op\":\"status\"}\n").expect("ask");
+                let _ = client.read(&mut [0; 100]).expect("answer");
+            }
+            let begun = Instant::now();
+            control.end();
+            assert!(begun.elapsed() < CONVERSATION, "{with_client}");
+            assert_eq!(Arc::strong_count(&fake.detached), 1, "the thread has let go of the daemon");
+            let _ = status(&path).expect_err("nobody answers");
+        }
     }
 
     #[test]

@@ -240,7 +240,9 @@ mod tests {
             let (_dir, run, state) = fresh();
             let held = run.lock(&state.volume).expect("lock").expect("free");
             let listener = control::listen(&run.socket_path(&state.volume).expect("path")).expect("listen");
-            control::spawn(listener, Leaves(std::sync::Mutex::new(Some(held)), run.clone(), leaves)).expect("spawn");
+            control::spawn(listener, Leaves(std::sync::Mutex::new(Some(held)), run.clone(), leaves))
+                .expect("spawn")
+                .leave_running();
             let done = one(&run, &state, false, Some(Duration::from_millis(200)));
             assert_eq!(done.err().map(|e| e.kind()), (!leaves).then_some(ErrorKind::TimedOut));
         }

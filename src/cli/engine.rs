@@ -1,5 +1,7 @@
 //! Every call that the command line makes into the volume engine and the ublk frontend, in one place.
 
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,6 +76,14 @@ pub(super) fn list(url: &StoreUrl, opts: &StoreOptions) -> Result<Vec<String>> {
     with_store(url, opts, async |s| admin::list(s).await)
 }
 
+/// The size of a volume in bytes.
+///
+/// # Errors
+/// `NotFound`, the store's.
+pub(super) fn size_of(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<u64> {
+    with_store(url, opts, async |s| Ok(admin::info(s, name).await?.size_bytes))
+}
+
 pub(super) fn info(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Value> {
     with_store(url, opts, async |s| json(&admin::info(s, name).await?))
 }
@@ -86,6 +96,21 @@ pub(super) fn delete(url: &StoreUrl, opts: &StoreOptions, name: &str, force: boo
 /// An attached volume.
 pub(super) struct Attached(Host);
 
+/// A volume on a lane.
+pub(super) type LaneEngine = VolumeLane<LaneDisk, LaneTimer>;
+
+/// A descriptor of the log that tells when it is closed.
+struct UsedFile {
+    file: File,
+    _user: Arc<()>,
+}
+
+impl AsFd for UsedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 /// Looks at an attached volume from other threads.
 #[derive(Clone)]
 pub(super) struct View(Arc<Volume>);
@@ -93,6 +118,27 @@ pub(super) struct View(Arc<Volume>);
 impl View {
     pub(super) fn status(&self) -> Result<Value> {
         json(&self.0.status())
+    }
+
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    pub(super) fn read_only(&self) -> bool {
+        self.0.read_only()
+    }
+
+    /// Whether it is detached or lost; then no request succeeds any more.
+    pub(super) fn is_gone(&self) -> bool {
+        self.0.is_gone()
+    }
+
+    /// The volume as `lane` sees it. `user` is let go of when the lane, and each of its requests in flight, has let go of the log.
+    pub(super) fn lane(&self, lane: &Lane, user: Arc<()>) -> Result<Rc<LaneEngine>> {
+        // A dup shares the open file description, and with it the lock.
+        let log = self.0.log_file().dup().context(|| "opening the write-ahead log for a queue")?;
+        let disk = LaneDisk::new(lane, Arc::new(UsedFile { file: log, _user: user }));
+        Ok(VolumeLane::new(Arc::clone(&self.0), disk, LaneTimer::new(lane)))
     }
 }
 
@@ -121,19 +167,21 @@ impl Attached {
         ready: impl FnOnce(&ublk::DeviceInfo),
         stop: &StopHandle,
     ) -> Result<()> {
-        let volume = Arc::clone(self.0.volume());
-        let make = move |_queue: u16, lane: &Lane| -> Result<Rc<VolumeLane<LaneDisk, LaneTimer>>> {
-            // A dup shares the open file description, and with it the lock.
-            let log = volume.log_file().dup().context(|| "opening the write-ahead log for a queue")?;
-            let disk = LaneDisk::new(lane, Arc::new(log));
-            Ok(VolumeLane::new(Arc::clone(&volume), disk, LaneTimer::new(lane)))
-        };
+        let view = self.view();
+        let make = move |_queue: u16, lane: &Lane| view.lane(lane, Arc::new(()));
         ublk::serve(spec, make, ready, stop)
     }
 
-    /// Uploads what is left and releases the volume; may take long.
+    /// Uploads what is left and releases the volume; may take long. All lanes must have ended.
     pub(super) fn detach(self) -> Result<()> {
-        self.0.detach()
+        let volume = self.view();
+        self.0.detach().map_err(|e| {
+            e.context(format!(
+                "detaching volume {}: not all is uploaded; the log {} keeps it, attach again on this host to upload it",
+                volume.0.name(),
+                volume.0.log_file().path().display()
+            ))
+        })
     }
 }
 

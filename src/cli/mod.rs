@@ -6,6 +6,7 @@
 
 mod add;
 mod args;
+mod claim;
 mod control;
 mod daemonize;
 mod del;
@@ -13,11 +14,15 @@ mod engine;
 mod features;
 mod layers;
 mod list;
+mod notify;
 mod output;
+mod phase;
+mod place;
 mod protect;
 mod serve;
 mod settings;
 mod shell;
+mod signals;
 mod state;
 mod volume;
 

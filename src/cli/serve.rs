@@ -1,8 +1,6 @@
 //! The process that serves a volume: attach, serve, detach.
 //!
 //! Invariants:
-//! - Signals are blocked before the first thread starts, and taken from a signalfd: they interrupt no control
-//!   command of the driver.
 //! - The main thread attaches, is the device's control thread while it serves, and detaches. Signals and the
 //!   control socket have a thread each, which only ask it to stop.
 //! - The phase goes attaching → serving → detaching, never back.
@@ -14,17 +12,19 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use serde_json::{Value, json};
+use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::control::{self, Daemon};
 use super::daemonize::Reporter;
 use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, DeviceState, StopHandle, View};
+use super::notify::{Word, tell};
 use super::output::print;
+use super::phase::{Phase, describe};
 use super::protect;
+use super::signals::Signals;
 use super::state::{Held, RunDir, State};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// All that a serving process needs.
 pub(super) struct Plan {
@@ -40,34 +40,42 @@ pub(super) struct Plan {
 }
 
 /// Who wants to know that the device serves.
-pub(super) struct Told(RefCell<Option<Reporter>>);
+pub(super) struct Told {
+    reporter: RefCell<Option<Reporter>>,
+    foreground: bool,
+}
 
 impl Told {
-    /// Whoever reads stdout.
+    /// Whoever reads stdout, and the service manager.
     pub(super) fn terminal() -> Self {
-        Self(RefCell::new(None))
+        Self { reporter: RefCell::new(None), foreground: true }
     }
 
     /// The process that started this one.
     pub(super) fn parent(reporter: Reporter) -> Self {
-        Self(RefCell::new(Some(reporter)))
+        Self { reporter: RefCell::new(Some(reporter)), foreground: false }
     }
 
-    fn ready(&self, device: &str) {
-        match self.0.take() {
-            Some(reporter) => reporter.ready(device),
-            None => {
-                if let Err(e) = print(&format!("{device}\n")) {
-                    tracing::warn!("{e}");
-                }
-            }
+    fn ready(&self, device: &str, volume: &str) {
+        if let Some(reporter) = self.reporter.take() {
+            reporter.ready(device);
+        } else if let Err(e) = print(&format!("{device}\n")) {
+            tracing::warn!("{e}");
         }
+        self.manager(&Word::Ready(&format!("volume {volume} serves as {device}")));
     }
 
     /// Nobody hears it who has been told that the device serves.
     pub(super) fn failed(&self, e: &Error) {
-        if let Some(reporter) = self.0.take() {
+        if let Some(reporter) = self.reporter.take() {
             reporter.failed(e);
+        }
+    }
+
+    /// A daemon of our own making is not the process that a service manager watches.
+    fn manager(&self, word: &Word<'_>) {
+        if self.foreground {
+            tell(word);
         }
     }
 }
@@ -83,23 +91,6 @@ pub(super) fn device_left_by(state: &State) -> Result<Option<u32>> {
 /// has noticed its death; a device that another one serves since has a process.
 fn is_left_by(state: DeviceState, pid: i32, dead: u32) -> bool {
     u32::try_from(pid) == Ok(dead) || (pid <= 0 && state != DeviceState::Live)
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Attaching,
-    Serving,
-    Detaching,
-}
-
-impl Phase {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Attaching => "attaching",
-            Self::Serving => "serving",
-            Self::Detaching => "detaching",
-        }
-    }
 }
 
 /// What the threads share.
@@ -170,18 +161,8 @@ impl Daemon for Answers {
     fn status(&self) -> Result<Value> {
         let phase = *self.0.phase();
         let state = self.0.state().clone();
-        Ok(json!({
-            "volume": state.volume,
-            "device": state.device_path(),
-            "state": phase.name(),
-            "pid": state.pid,
-            "started_unix_secs": state.started_unix_secs,
-            "uptime_secs": self.0.begun.elapsed().as_secs(),
-            "store": state.store,
-            "wal": state.wal,
-            "daemon_log": state.daemon_log,
-            "engine": self.0.view.get().map(View::status).transpose()?,
-        }))
+        let engine = self.0.view.get().map(View::status).transpose()?;
+        Ok(describe(&state, phase, self.0.begun, engine))
     }
 
     fn detach(&self, force: bool) -> Result<()> {
@@ -193,7 +174,7 @@ impl Daemon for Answers {
 
 /// Serves until somebody stops the device; then uploads what is left.
 pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
-    let signals = block_signals()?;
+    let signals = Signals::block()?;
     protect::io_flusher(plan.strict)?;
     let Plan { attach, create, spec, state, strict, run, held } = plan;
     let (volume, daemon) = (state.volume.clone(), state.daemon_log.is_some());
@@ -207,9 +188,12 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
         begun: Instant::now(),
     });
     shared.record(|_| {})?;
-    control::spawn(listener, Answers(Arc::clone(&shared)))?;
-    heed_signals(signals, Arc::clone(&shared), daemon)?;
+    // It answers for as long as the process lives.
+    control::spawn(listener, Answers(Arc::clone(&shared)))?.leave_running();
+    let heeding = Arc::clone(&shared);
+    signals.heed("`vb-ublk del`", move |signal| heed(signal, &heeding, daemon))?;
 
+    told.manager(&Word::Status(&format!("attaching volume {volume}")));
     let done = attach_and_serve(&shared, attach, create, spec, strict, told);
     match &done {
         // Who waits for the start hears it. Later on nobody does: the last words are left where `del` and `list` look.
@@ -257,7 +241,7 @@ fn attach_and_serve(
                 }
                 *shared.phase() = Phase::Serving;
                 tracing::info!("volume {volume} serves as {path}, {} queues of {}", device.queues, device.depth);
-                told.ready(&path);
+                told.ready(&path, &volume);
             },
             &shared.stop,
         )
@@ -273,63 +257,30 @@ fn attach_and_serve(
         tracing::error!("{e}");
     }
     tracing::info!("detaching volume {volume}: uploading what is left");
-    let log = shared.state().wal.clone();
-    let detached = attached.detach().map_err(|e| {
-        e.context(format!(
-            "detaching volume {volume}: not all is uploaded; the log {} keeps it, attach again on this host to upload it",
-            log.display()
-        ))
-    });
+    told.manager(&Word::Stopping(&format!("detaching volume {volume}: uploading what is left")));
+    let detached = attached.detach();
     if detached.is_ok() {
         tracing::info!("volume {volume} is detached");
     }
     served.and(detached)
 }
 
-fn block_signals() -> Result<SignalFd> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        set.add(signal);
+/// What a signal does.
+fn heed(signal: Signal, shared: &Shared, daemon: bool) {
+    if daemon && signal == Signal::SIGHUP {
+        tracing::info!("SIGHUP: there is nothing to reload");
+        return;
     }
-    set.thread_block()
-        .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC))
-        .map_err(|e| Error::io("taking signals from a signalfd", e.into()))
-}
-
-fn heed_signals(signals: SignalFd, shared: Arc<Shared>, daemon: bool) -> Result<()> {
-    let run = move || {
-        loop {
-            let signal = match signals.read_signal() {
-                Ok(Some(info)) => i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok()),
-                Ok(None) => continue,
-                Err(nix::errno::Errno::EINTR) => continue,
-                Err(e) => {
-                    tracing::error!("reading signals: {e}; stop with `vb-ublk del`");
-                    return;
-                }
-            };
-            let Some(signal) = signal else { continue };
-            if daemon && signal == Signal::SIGHUP {
-                tracing::info!("SIGHUP: there is nothing to reload");
-                continue;
-            }
-            let phase = *shared.phase();
-            match phase {
-                Phase::Serving => {
-                    tracing::info!("{signal}: stopping");
-                    if let Err(e) = shared.begin_stop(true) {
-                        tracing::warn!("{e}");
-                    }
-                }
-                Phase::Attaching | Phase::Detaching => leave(&shared, signal, phase),
+    let phase = *shared.phase();
+    match phase {
+        Phase::Serving => {
+            tracing::info!("{signal}: stopping");
+            if let Err(e) = shared.begin_stop(true) {
+                tracing::warn!("{e}");
             }
         }
-    };
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(run)
-        .map(drop)
-        .context(|| "starting the thread that takes signals")
+        Phase::Attaching | Phase::Detaching => leave(shared, signal, phase),
+    }
 }
 
 /// Ends the process in the middle of attaching, or while what is left is uploaded: safe at any time, because the log

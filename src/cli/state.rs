@@ -36,6 +36,9 @@ pub(crate) struct State {
     pub(crate) started_unix_secs: u64,
     /// N of `/dev/ublkbN`; none before it serves, and after it has been stopped.
     pub(crate) device: Option<u32>,
+    /// Where it is served over NBD, as URIs; none when it is served as a device.
+    #[serde(default)]
+    pub(crate) nbd: Vec<String>,
     pub(crate) store: String,
     /// The write-ahead log.
     pub(crate) wal: PathBuf,
@@ -53,6 +56,7 @@ impl State {
             pid: std::process::id(),
             started_unix_secs: super::engine::now_unix(),
             device: None,
+            nbd: Vec::new(),
             store,
             wal,
             daemon_log,
@@ -63,6 +67,15 @@ impl State {
     /// `/dev/ublkbN`, if there is one.
     pub(crate) fn device_path(&self) -> Option<PathBuf> {
         self.device.map(super::engine::device_path)
+    }
+
+    /// How a person detaches the volume from the process that has it.
+    pub(crate) fn how_to_detach(&self) -> String {
+        if self.nbd.is_empty() {
+            format!("`vb-ublk del --volume {}`", self.volume)
+        } else {
+            format!("`kill {}` (or stop its systemd unit), which detaches all volumes of that server", self.pid)
+        }
     }
 
     fn parse(text: &[u8], volume: &VolumeName, path: &Path) -> Result<Self> {
@@ -92,7 +105,7 @@ impl State {
 #[derive(Debug, Clone)]
 pub(crate) struct RunDir(PathBuf);
 
-/// The lock of a volume on this host; held until the process ends.
+/// The lock of a volume on this host; held until it is dropped, or the process ends.
 #[derive(Debug)]
 pub(crate) struct Held {
     _file: File,

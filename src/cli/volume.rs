@@ -53,8 +53,9 @@ fn not_attached_here(settings: &Settings, volume: &VolumeName) -> Result<()> {
         && state.store == settings.store.to_string()
     {
         let what = format!(
-            "volume {volume} is attached on this host by process {}: detach it first with `vb-ublk del --volume {volume}`",
-            state.pid
+            "volume {volume} is attached on this host by process {}: detach it first with {}",
+            state.pid,
+            state.how_to_detach()
         );
         return Err(Error::new(ErrorKind::Busy, what));
     }

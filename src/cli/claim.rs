@@ -1,0 +1,79 @@
+//! Taking a volume on this host: one process at a time.
+
+use super::serve;
+use super::state::{Held, RunDir, State};
+use crate::config::VolumeName;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Takes the volume on this host, or says who has it.
+pub(super) fn take(run: &RunDir, volume: &VolumeName) -> Result<Held> {
+    let held = run.lock(volume)?;
+    // A damaged state of nobody is simply replaced.
+    let state = match run.read(volume) {
+        Err(_) if held.is_some() => None,
+        state => state?,
+    };
+    let Some(held) = held else {
+        let what = match state {
+            Some(State { pid, store, device: Some(n), .. }) => format!(
+                "volume {volume} of {store} is attached already as /dev/ublkb{n} by process {pid}: use that, or detach it with \
+                 `vb-ublk del -n {n}`"
+            ),
+            Some(state) if !state.nbd.is_empty() => format!(
+                "volume {volume} of {} is served already over NBD at {} by process {}: use that, or detach it with {}",
+                state.store,
+                state.nbd.join(", "),
+                state.pid,
+                state.how_to_detach()
+            ),
+            Some(State { pid, .. }) => {
+                format!("volume {volume} is just being attached or detached by process {pid}: see `vb-ublk list`")
+            }
+            None => format!("volume {volume} is just being attached by another process: see `vb-ublk list`"),
+        };
+        return Err(Error::new(ErrorKind::Busy, what));
+    };
+    if let Some(state) = state
+        && let Some(n) = serve::device_left_by(&state)?
+    {
+        let what = format!(
+            "volume {volume} was served as /dev/ublkb{n} by process {}, which died, and the device is still there: remove it with \
+             `vb-ublk del -n {n}`, then attach again; the log {} keeps what was written",
+            state.pid,
+            state.wal.display()
+        );
+        return Err(Error::new(ErrorKind::Busy, what));
+    }
+    Ok(held)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_volume_is_taken_once() {
+        let dir = tempfile::tempdir().expect("dir");
+        let run = RunDir::create(&dir.path().join("run")).expect("run");
+        let v: VolumeName = "v".parse().expect("name");
+        let held = take(&run, &v).expect("free");
+        let e = take(&run, &v).expect_err("no state yet").to_string();
+        assert!(e.contains("being attached by another"), "{e}");
+        let mut state = State::new(v.clone(), "file:///s".into(), "/w".into(), None);
+        run.write(&state).expect("write");
+        let e = take(&run, &v).expect_err("attaching").to_string();
+        assert!(e.contains(&format!("process {}", std::process::id())), "{e}");
+        state.device = Some(4711);
+        run.write(&state).expect("write");
+        let e = take(&run, &v).expect_err("serving");
+        assert_eq!(e.kind(), ErrorKind::Busy);
+        assert!(e.to_string().contains("/dev/ublkb4711") && e.to_string().contains("del -n 4711"), "{e}");
+        (state.device, state.nbd) = (None, vec!["nbd://127.0.0.1:10809/v".into()]);
+        run.write(&state).expect("write");
+        let e = take(&run, &v).expect_err("served over NBD").to_string();
+        assert!(e.contains("nbd://127.0.0.1:10809/v") && e.contains(&format!("`kill {}`", state.pid)), "{e}");
+        drop(held);
+        // Dead, and its device is gone with it.
+        take(&run, &v).expect("free again");
+    }
+}

@@ -1,0 +1,97 @@
+//! Where write-ahead logs and stores may be.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::engine;
+use super::layers::ublk_below;
+use crate::config::{ByteSize, VolumeName};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// The most that a log takes in its folder, unless told otherwise.
+pub(super) const DEFAULT_WAL: ByteSize = ByteSize(1 << 30);
+
+pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| format!("finding the absolute path of {:?}", path.display()))
+}
+
+fn on_ublk(what: &str, path: &Path, device: &str) -> Error {
+    let what = format!(
+        "{what} {} is on {device}, itself a ublk device, and could wait for itself: choose a place on a local disk",
+        path.display()
+    );
+    Error::new(ErrorKind::Usage, what)
+}
+
+/// Refuses a folder on a ublk device. For one that is not there yet, its nearest ancestor counts.
+pub(super) fn not_on_ublk(what: &str, path: &Path) -> Result<()> {
+    let meta = path.ancestors().find_map(|p| std::fs::metadata(p).ok());
+    match meta.and_then(|m| ublk_below(Path::new("/sys"), m.dev())) {
+        Some(device) => Err(on_ublk(what, path, &device)),
+        None => Ok(()),
+    }
+}
+
+/// Makes the folder of logs, or checks that it can be written to.
+pub(super) fn wal_folder(dir: &Path) -> Result<()> {
+    let what = "the folder of the write-ahead log";
+    not_on_ublk(what, dir)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .context(|| format!("making {what} {} (choose another with --wal-dir)", dir.display()))?;
+    if nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).is_err() {
+        let what = format!("{what} {} cannot be written to: choose another with --wal-dir", dir.display());
+        return Err(Error::new(ErrorKind::Denied, what));
+    }
+    Ok(())
+}
+
+/// Makes the log's folder and names the log.
+pub(super) fn wal_file(dir: &Path, volume: &VolumeName) -> Result<PathBuf> {
+    wal_folder(dir)?;
+    Ok(dir.join(format!("{volume}.wal")))
+}
+
+/// Checks that a device can be a log; returns how much of it is used.
+pub(super) fn wal_device(path: &Path) -> Result<u64> {
+    let opening = || format!("opening the write-ahead log's device {}", path.display());
+    let meta = std::fs::metadata(path).context(opening)?;
+    if !meta.file_type().is_block_device() {
+        let what = format!("{} is not a block device: name one, or use --wal-dir", path.display());
+        return Err(Error::new(ErrorKind::Usage, what));
+    }
+    if let Some(device) = ublk_below(Path::new("/sys"), meta.rdev()) {
+        return Err(on_ublk("the write-ahead log's device", path, &device));
+    }
+    // O_EXCL on a device: nobody has it mounted, or in a mapping.
+    let mut file: File = match OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_EXCL).open(path) {
+        Err(e) if e.raw_os_error() == Some(nix::libc::EBUSY) => {
+            let what = format!("{} is mounted or in use: a write-ahead log needs a device of its own", path.display());
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        opened => opened.context(opening)?,
+    };
+    let size = file.seek(SeekFrom::End(0)).context(|| format!("reading the size of {}", path.display()))?;
+    let used = size.min(engine::MAX_LOG_BYTES);
+    engine::check_log_size(used).map_err(|e| e.context(format!("{} as the write-ahead log", path.display())))?;
+    Ok(used)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_has_a_place() {
+        let dir = tempfile::tempdir().expect("dir");
+        let v: VolumeName = "v".parse().expect("name");
+        let wal = wal_file(&dir.path().join("a/b"), &v).expect("made");
+        assert_eq!(wal, dir.path().join("a/b/v.wal"));
+        assert_eq!(wal_device(dir.path()).expect_err("a folder").kind(), ErrorKind::Usage);
+        assert_eq!(wal_device(&dir.path().join("none")).expect_err("none").kind(), ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,58 @@
+//! The signals of a process that serves volumes.
+//!
+//! Invariant: they are blocked before the first thread starts, and taken from a signalfd: they interrupt no control
+//! command of the ublk driver, and no thread but the one that waits for them.
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::error::{Context, Error, Result};
+
+/// SIGTERM, SIGINT and SIGHUP, blocked.
+pub(super) struct Signals(SignalFd);
+
+impl Signals {
+    /// Before any thread starts: threads inherit what is blocked.
+    ///
+    /// # Errors
+    /// When the system has no descriptor to give.
+    pub(super) fn block() -> Result<Self> {
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+            set.add(signal);
+        }
+        set.thread_block()
+            .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC))
+            .map(Self)
+            .map_err(|e| Error::io("taking signals from a signalfd", e.into()))
+    }
+
+    /// Starts the thread that calls `heed` with each, for as long as the process lives. `instead` is how to stop the
+    /// process when signals cannot be read, for a line in the log.
+    ///
+    /// # Errors
+    /// When the system has no thread to give.
+    pub(super) fn heed(self, instead: &'static str, mut heed: impl FnMut(Signal) + Send + 'static) -> Result<()> {
+        let run = move || {
+            loop {
+                match self.0.read_signal() {
+                    Ok(Some(info)) => {
+                        let signal = i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok());
+                        signal.into_iter().for_each(&mut heed);
+                    }
+                    Ok(None) | Err(Errno::EINTR) => {}
+                    Err(e) => {
+                        tracing::error!("reading signals: {e}; stop with {instead}");
+                        return;
+                    }
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(run)
+            .map(drop)
+            .context(|| "starting the thread that takes signals")
+    }
+}
