@@ -145,18 +145,50 @@ pub struct FileConfig {
     pub data_dir: Option<PathBuf>,
     /// `--run-dir`.
     pub run_dir: Option<PathBuf>,
+    /// `nbd --listen`: one address, or several.
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub listen: Vec<String>,
+    /// `nbd --unix`: one path, or several.
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub unix: Vec<String>,
+    /// `nbd --tls-certs`.
+    pub tls_certs: Option<PathBuf>,
+    /// `nbd --tls`.
+    pub tls: Option<String>,
+    /// `nbd --insecure-listen`.
+    pub insecure_listen: Option<bool>,
+    /// `nbd --max-connections`.
+    pub max_connections: Option<u16>,
+    /// `nbd --workers`.
+    pub workers: Option<u16>,
+    /// `nbd --linger`.
+    pub linger: Option<u32>,
     /// `add --queues`.
     pub queues: Option<u16>,
     /// `add --depth`.
     pub depth: Option<u16>,
-    /// `add --wal-dir`.
+    /// `--wal-dir` of `add` and `nbd`.
     pub wal_dir: Option<PathBuf>,
     /// `add --wal-device`.
     pub wal_device: Option<PathBuf>,
-    /// `add --wal-size`.
+    /// `--wal-size` of `add` and `nbd`.
     pub wal_size: Option<ByteSize>,
-    /// `add --strict`.
+    /// `--strict` of `add` and `nbd`.
     pub strict: Option<bool>,
+}
+
+fn one_or_several<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        One(String),
+        Several(Vec<String>),
+    }
+    match Written::deserialize(d) {
+        Ok(Written::One(text)) => Ok(vec![text]),
+        Ok(Written::Several(texts)) => Ok(texts),
+        Err(_) => Err(serde::de::Error::custom("it must be a text, or a list of texts")),
+    }
 }
 
 impl FileConfig {

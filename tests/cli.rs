@@ -106,7 +106,7 @@ fn bad_usage_is_one_line_and_code_2() {
 fn help_and_version_go_to_stdout() {
     let b = Bench::new();
     assert!(b.ok(&["--version"]).starts_with("vb-ublk "));
-    for command in ["add", "del", "list", "status", "features", "volume", "completions", "man"] {
+    for command in ["add", "nbd", "del", "list", "status", "features", "volume", "completions", "man"] {
         assert!(b.ok(&["--help"]).contains(command));
         assert!(b.ok(&[command, "--help"]).contains("--store"), "{command}");
     }
@@ -262,7 +262,8 @@ fn the_help_is_right_about_environment_and_file() {
     );
     let readme = include_str!("../README.md");
     let mut seen = Vec::new();
-    for (option, said) in options_in(&b.ok(&["add", "--help"])) {
+    let options = ["add", "nbd"].map(|command| options_in(&b.ok(&[command, "--help"])));
+    for (option, said) in options.into_iter().flatten() {
         // A list of lists is a value of no setting.
         b.config(&format!("{option} = [[]]\n"));
         let line = b.fails(&["list"], 2);
@@ -270,7 +271,8 @@ fn the_help_is_right_about_environment_and_file() {
         assert_eq!(said.contains("[env:") && option != "config", known, "{option}: {said}\n{line}");
         let Some((_, variables)) = said.split_once("[env: ") else { continue };
         let variables = variables.split([';', ']']).next().expect("the names").split(", ").map(str::trim);
-        let row = |l: &&str| l.starts_with("| `--") && l.contains(&format!("`--{option}")) && l.contains("_");
+        let named = |l: &str| [" ", "`"].iter().any(|end| l.contains(&format!("`--{option}{end}")));
+        let row = |l: &&str| l.starts_with("| `--") && named(l) && l.contains('_');
         let row = readme.lines().find(row).unwrap_or_else(|| panic!("no row for --{option} in the README"));
         for variable in variables {
             assert!(row.contains(&format!("`{variable}`")), "{option}: {variable} is not in {row}");
@@ -278,7 +280,15 @@ fn the_help_is_right_about_environment_and_file() {
         }
         assert!(option == "config" || readme.contains(&format!("`{option}`")), "{option}: no key in the README");
     }
-    for expected in ["VB_UBLK_STORE", "AWS_BUCKET", "VB_UBLK_QUEUES", "VB_UBLK_WAL_DEVICE", "VB_UBLK_STRICT"] {
+    for expected in [
+        "VB_UBLK_STORE",
+        "AWS_BUCKET",
+        "VB_UBLK_QUEUES",
+        "VB_UBLK_WAL_DEVICE",
+        "VB_UBLK_STRICT",
+        "VB_UBLK_LISTEN",
+        "VB_UBLK_LINGER",
+    ] {
         assert!(seen.iter().any(|s| s == expected), "{expected} is not in {seen:?}");
     }
 }

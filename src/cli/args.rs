@@ -1,5 +1,6 @@
 //! What the command line takes.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
@@ -71,6 +72,8 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Attach a volume as a block device; prints its path once it serves
     Add(Box<AddArgs>),
+    /// Serve volumes over NBD, for QEMU and others; stays in the foreground
+    Nbd(Box<NbdArgs>),
     /// Detach: stop the device, upload what is left, release the volume
     Del(DelArgs),
     /// The volumes attached on this host
@@ -161,6 +164,76 @@ pub(crate) fn logical_block(s: &str) -> Result<u32, String> {
         "512" => Ok(512),
         "4096" => Ok(4096),
         _ => Err("512 or 4096 is possible".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NbdArgs {
+    /// Listen on this TCP address, as in 127.0.0.1:10809 or [::1]:0; port 0 is a free one. May be given several times
+    /// [env: VB_UBLK_LISTEN; default: 127.0.0.1:10809, if there is no other listener]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = super::nbd::listen::parse)]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Listen on this unix socket; a dead one is replaced. May be given several times [env: VB_UBLK_UNIX]
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(crate) unix: Vec<PathBuf>,
+    /// Serve this volume; may be given several times. A single one is the default export, too [default: all volumes of
+    /// the store]
+    #[arg(long, value_name = "VOLUME")]
+    pub(crate) volume: Vec<VolumeName>,
+    /// Make a volume that is missing on its first use, of this size, as in 10G (with --volume: those)
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) create_size: Option<ByteSize>,
+    /// Refuse writes
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Offer TLS with server-cert.pem and server-key.pem from this folder; with ca-cert.pem there, clients need a
+    /// certificate of that authority [env: VB_UBLK_TLS_CERTS]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) tls_certs: Option<PathBuf>,
+    /// Whether clients must use TLS [env: VB_UBLK_TLS; default: required, with --tls-certs]
+    #[arg(long, value_name = "required|allowed", value_parser = TlsMode::parse)]
+    pub(crate) tls: Option<TlsMode>,
+    /// Listen on addresses that other hosts reach, without requiring TLS [env: VB_UBLK_INSECURE_LISTEN]
+    #[arg(long)]
+    pub(crate) insecure_listen: bool,
+    /// Clients at once; further ones are turned away [env: VB_UBLK_MAX_CONNECTIONS; default: 128]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_connections: Option<u16>,
+    /// Threads that serve clients [env: VB_UBLK_WORKERS; default: 1 for each CPU, at most 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<u16>,
+    /// How long a volume stays attached when its last client has left [env: VB_UBLK_LINGER; default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) linger: Option<u32>,
+    /// Take volumes over from other hosts, which can then write them no more
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The folder of the write-ahead logs [env: VB_UBLK_WAL_DIR; default: `wal` in the data folder]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) wal_dir: Option<PathBuf>,
+    /// The most that the write-ahead log of each volume takes [env: VB_UBLK_WAL_SIZE; default: 1G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) wal_size: Option<ByteSize>,
+    /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
+    /// VB_UBLK_STRICT]
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+/// What is asked of clients, where TLS is offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TlsMode {
+    Required,
+    Allowed,
+}
+
+impl TlsMode {
+    pub(crate) fn parse(s: &str) -> Result<Self, String> {
+        match s {
+            "required" => Ok(Self::Required),
+            "allowed" => Ok(Self::Allowed),
+            _ => Err("`required` or `allowed` is possible".to_owned()),
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! `del`: asks daemons to detach and waits for them; clears up after dead ones.
+//! `del`: asks daemons to detach and waits for them; clears up after dead ones. A volume of an NBD server is not `del`'s to detach: its
+//! server refuses, and says what to do.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -144,8 +145,8 @@ fn bury(run: &RunDir, state: &State, force: bool) -> Result<()> {
         None => "had died".to_owned(),
     };
     print(&format!(
-        "the daemon of volume {volume} {died}; what it left is removed, but its log {} stays: the next `vb-ublk add` on this host \
-         takes up what was not uploaded\n",
+        "the daemon of volume {volume} {died}; what it left is removed, but its log {} stays: the next attach on this host \
+         (`vb-ublk add` or `vb-ublk nbd`) takes up what was not uploaded\n",
         state.wal.display()
     ))
 }

@@ -14,6 +14,7 @@ fn look(run: &RunDir, state: &State) -> Result<Value> {
     let mut v = json!({
         "volume": state.volume,
         "device": state.device_path(),
+        "nbd": state.endpoints(),
         "state": "dead",
         "pid": state.pid,
         "started_unix_secs": state.started_unix_secs,
@@ -76,7 +77,11 @@ fn row(v: &Value) -> Vec<String> {
         _ => dash(),
     };
     let size = bytes(v, "/engine/size_bytes").map_or_else(dash, human_bytes);
-    vec![text("device"), text("volume"), text("pid"), size, text("store"), text("state"), pending, age, wal]
+    let place = match v["nbd"].as_array() {
+        Some(uris) => uris.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+        None => text("device"),
+    };
+    vec![place, text("volume"), text("pid"), size, text("store"), text("state"), pending, age, wal]
 }
 
 pub(super) fn list(run: &RunDir, as_json: bool) -> Result<()> {
@@ -96,7 +101,7 @@ fn note(v: &Value) -> Option<String> {
     let failure = v["failure"].as_str().map(super::output::one_line);
     match (v["state"].as_str()?, failure) {
         ("dead", _) => Some(format!(
-            "{volume}: its daemon has died; `vb-ublk del --volume {volume}` clears up, and the next `vb-ublk add` takes up its log\n"
+            "{volume}: its daemon has died; `vb-ublk del --volume {volume}` clears up, and the next attach on this host takes up its log\n"
         )),
         (_, None) => {
             let trouble = v.pointer("/engine/background/store_trouble")?.as_str()?;
@@ -138,6 +143,10 @@ mod tests {
         });
         let expect = ["/dev/ublkb0", "v", "7", "10 GiB", "file:///s", "serving", "3 MiB", "4 s", "25 %"];
         assert_eq!(row(&v), expect);
+        let mut over_nbd = v;
+        (over_nbd["device"], over_nbd["nbd"]) =
+            (Value::Null, json!(["nbd://127.0.0.1:10809/v", "nbd+unix:///v?socket=/s"]));
+        assert_eq!(row(&over_nbd)[0], "nbd://127.0.0.1:10809/v nbd+unix:///v?socket=/s");
         assert_eq!(
             row(&json!({ "volume": "v", "state": "unknown" })),
             ["-", "v", "-", "-", "-", "unknown", "-", "-", "-"]

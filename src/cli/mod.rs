@@ -14,6 +14,7 @@ mod engine;
 mod features;
 mod layers;
 mod list;
+mod nbd;
 mod notify;
 mod output;
 mod phase;
@@ -46,7 +47,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
     };
-    let serves = matches!(cli.command, Command::Add(_));
+    let serves = matches!(cli.command, Command::Add(_) | Command::Nbd(_));
     start_logging(&cli.global, serves);
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -69,6 +70,7 @@ fn run(cli: &Cli) -> Result<()> {
     let run_dir = RunDir::at(&settings.run_dir);
     match &cli.command {
         Command::Add(args) => add::run(&settings, args),
+        Command::Nbd(args) => nbd::run(&settings, args),
         Command::Del(args) => del::run(&run_dir, args),
         Command::List(json) => list::list(&run_dir, json.json),
         Command::Status(args) => list::status(&run_dir, args.volume.as_ref(), args.json.json),

@@ -29,7 +29,7 @@ pub(super) fn describe(state: &State, phase: Phase, begun: Instant, engine: Opti
     json!({
         "volume": state.volume,
         "device": state.device_path(),
-        "nbd": state.nbd,
+        "nbd": state.endpoints(),
         "state": phase.name(),
         "pid": state.pid,
         "started_unix_secs": state.started_unix_secs,

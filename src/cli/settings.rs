@@ -3,9 +3,12 @@
 //! The environment is a parameter, so that tests can own it. What the S3 client reads from the
 //! environment by itself (`AWS_*`) is not read here, but goes before what the file says all the same.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use super::args::Global;
+use super::args::{Global, TlsMode};
+use super::nbd::listen;
 use crate::config::{ByteSize, FileConfig};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{StoreOptions, StoreUrl};
@@ -20,6 +23,7 @@ pub(crate) struct Settings {
     pub(crate) data_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
     pub(crate) add: AddDefaults,
+    pub(crate) nbd: NbdDefaults,
 }
 
 /// What `add` does unless its own options say otherwise: from the environment, else from the file.
@@ -30,6 +34,19 @@ pub(crate) struct AddDefaults {
     pub(crate) log: Option<LogPlace>,
     pub(crate) wal_size: Option<ByteSize>,
     pub(crate) strict: bool,
+}
+
+/// What `nbd` does unless its own options say otherwise; of `add`'s it has those about the log, too.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct NbdDefaults {
+    pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) unix: Vec<PathBuf>,
+    pub(crate) tls_certs: Option<PathBuf>,
+    pub(crate) tls: Option<TlsMode>,
+    pub(crate) insecure_listen: bool,
+    pub(crate) max_connections: Option<u16>,
+    pub(crate) workers: Option<u16>,
+    pub(crate) linger: Option<u32>,
 }
 
 /// Where a write-ahead log is. One setting of two forms: the place that says either goes before the next.
@@ -60,10 +77,10 @@ impl Surroundings<'_> {
         names.iter().find_map(|n| (self.env)(n).filter(|v| !v.is_empty()))
     }
 
-    fn number(&self, name: &str) -> Result<Option<u16>> {
+    fn number<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
         let parse = |v: String| {
             let what = || Error::new(ErrorKind::Usage, format!("{name} is {v:?}: set it to a whole number"));
-            v.parse().map_err(|_| what())
+            v.parse::<T>().map_err(|_| what())
         };
         self.first(&[name]).map(parse).transpose()
     }
@@ -137,8 +154,9 @@ impl Settings {
             insecure: global.insecure || around.flag("VB_UBLK_INSECURE")?.or(file.insecure).unwrap_or(false),
             ..StoreOptions::default()
         };
+        let nbd = NbdDefaults::resolve(around, &file)?;
         let add = AddDefaults::resolve(around, file)?;
-        Ok(Self { store, store_options, data_dir, run_dir, add })
+        Ok(Self { store, store_options, data_dir, run_dir, add, nbd })
     }
 }
 
@@ -159,6 +177,42 @@ impl AddDefaults {
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
             wal_size: size.or(file.wal_size),
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
+        })
+    }
+}
+
+impl NbdDefaults {
+    fn resolve(around: &Surroundings<'_>, file: &FileConfig) -> Result<Self> {
+        const LISTEN: &str = "VB_UBLK_LISTEN";
+        const TLS: &str = "VB_UBLK_TLS";
+        // The first place that has any says all.
+        let (listen, place) = match around.first(&[LISTEN]) {
+            Some(v) => {
+                let parts = v.split([',', ' ']).filter(|p| !p.is_empty());
+                (parts.map(str::to_owned).collect(), LISTEN)
+            }
+            None => (file.listen.clone(), "`listen` in the configuration file"),
+        };
+        let listen = listen.iter().map(|a| listen::parse(a).map_err(|e| e.context(place))).collect::<Result<_>>()?;
+        let unix = match around.first(&["VB_UBLK_UNIX"]) {
+            Some(v) => v.split(':').filter(|p| !p.is_empty()).map(PathBuf::from).collect(),
+            None => file.unix.iter().map(PathBuf::from).collect(),
+        };
+        let (tls, place) = match around.first(&[TLS]) {
+            Some(v) => (Some(v), TLS),
+            None => (file.tls.clone(), "`tls` in the configuration file"),
+        };
+        let bad = |v: &str, why| Error::new(ErrorKind::Usage, format!("{place} is {v:?}: {why}"));
+        let tls = tls.map(|v| TlsMode::parse(&v).map_err(|why| bad(&v, why))).transpose()?;
+        Ok(Self {
+            listen,
+            unix,
+            tls_certs: around.first(&["VB_UBLK_TLS_CERTS"]).map(PathBuf::from).or_else(|| file.tls_certs.clone()),
+            tls,
+            insecure_listen: around.flag("VB_UBLK_INSECURE_LISTEN")?.or(file.insecure_listen).unwrap_or(false),
+            max_connections: around.number("VB_UBLK_MAX_CONNECTIONS")?.or(file.max_connections),
+            workers: around.number("VB_UBLK_WORKERS")?.or(file.workers),
+            linger: around.number("VB_UBLK_LINGER")?.or(file.linger),
         })
     }
 }
@@ -297,6 +351,68 @@ mod tests {
             let e = add(&[(name, value)], "").expect_err(name);
             assert_eq!(e.kind(), ErrorKind::Usage);
             assert!(e.to_string().contains(name) && e.to_string().contains(value), "{e}");
+        }
+    }
+
+    #[test]
+    fn what_nbd_does_unless_told_otherwise() {
+        let none = Global::default();
+        let nbd = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.nbd);
+        let addresses = |all: &[&str]| all.iter().map(|a| a.parse().expect("address")).collect::<Vec<_>>();
+        let file = "listen = [\"127.0.0.1:1\", \"::1\"]\nunix = \"/file\"\ntls-certs = \"/file\"\ntls = \"allowed\"\n\
+                    insecure-listen = true\nmax-connections = 1\nworkers = 2\nlinger = 3\n";
+        let from_file = NbdDefaults {
+            listen: addresses(&["127.0.0.1:1", "[::1]:10809"]),
+            unix: vec!["/file".into()],
+            tls_certs: Some("/file".into()),
+            tls: Some(TlsMode::Allowed),
+            insecure_listen: true,
+            max_connections: Some(1),
+            workers: Some(2),
+            linger: Some(3),
+        };
+        assert_eq!(nbd(&[], "").expect("nothing"), NbdDefaults::default());
+        assert_eq!(nbd(&[], file).expect("file"), from_file);
+        let env = [
+            ("VB_UBLK_LISTEN", "127.0.0.1:7, [::1]:8"),
+            ("VB_UBLK_UNIX", "/env:/more"),
+            ("VB_UBLK_TLS_CERTS", "/env"),
+            ("VB_UBLK_TLS", "required"),
+            ("VB_UBLK_INSECURE_LISTEN", "no"),
+            ("VB_UBLK_MAX_CONNECTIONS", "4"),
+            ("VB_UBLK_WORKERS", "5"),
+            ("VB_UBLK_LINGER", "6"),
+        ];
+        let empty: Vec<_> = env.iter().map(|(n, _)| (*n, "")).collect();
+        assert_eq!(nbd(&empty, file).expect("empty is not set"), from_file);
+        let from_env = NbdDefaults {
+            listen: addresses(&["127.0.0.1:7", "[::1]:8"]),
+            unix: vec!["/env".into(), "/more".into()],
+            tls_certs: Some("/env".into()),
+            tls: Some(TlsMode::Required),
+            insecure_listen: false,
+            max_connections: Some(4),
+            workers: Some(5),
+            linger: Some(6),
+        };
+        assert_eq!(nbd(&env, file).expect("env"), from_env);
+        for (name, value) in [
+            ("VB_UBLK_LISTEN", "here"),
+            ("VB_UBLK_TLS", "perhaps"),
+            ("VB_UBLK_INSECURE_LISTEN", "perhaps"),
+            ("VB_UBLK_MAX_CONNECTIONS", "70000"),
+            ("VB_UBLK_WORKERS", "many"),
+            ("VB_UBLK_LINGER", "-1"),
+        ] {
+            let e = nbd(&[(name, value)], "").expect_err(name);
+            assert!(
+                e.kind() == ErrorKind::Usage && e.to_string().contains(name) && e.to_string().contains(value),
+                "{e}"
+            );
+        }
+        for (text, word) in [("listen = [\"here\"]", "here"), ("tls = \"perhaps\"", "perhaps"), ("unix = 7", "text")] {
+            let e = nbd(&[], text).expect_err(text);
+            assert!(e.kind() == ErrorKind::Usage && e.to_string().contains(word), "{e}");
         }
     }
 

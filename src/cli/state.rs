@@ -69,6 +69,11 @@ impl State {
         self.device.map(super::engine::device_path)
     }
 
+    /// Where it is served over NBD, if it is.
+    pub(crate) fn endpoints(&self) -> Option<&[String]> {
+        (!self.nbd.is_empty()).then_some(&self.nbd)
+    }
+
     /// How a person detaches the volume from the process that has it.
     pub(crate) fn how_to_detach(&self) -> String {
         if self.nbd.is_empty() {
@@ -302,6 +307,21 @@ mod tests {
         run.remove(&name("a")).expect("remove");
         run.remove(&name("a")).expect("again");
         assert_eq!(run.read(&name("a")).expect("gone"), None);
+    }
+
+    #[test]
+    fn a_state_from_before_nbd_is_read() {
+        let (dir, run) = fresh();
+        let text = r#"{"version":1,"volume":"v","pid":7,"started_unix_secs":1,"device":3,"store":"file:///s","wal":"/w",
+            "daemon_log":null,"failure":null}"#;
+        std::fs::write(dir.path().join("run/v.json"), text).expect("write");
+        let mut state = run.read(&name("v")).expect("read").expect("state");
+        assert_eq!((state.device, state.endpoints()), (Some(3), None));
+        assert_eq!(state.how_to_detach(), "`vb-ublk del --volume v`");
+        state.nbd = vec!["nbd://127.0.0.1:10809/v".into()];
+        run.write(&state).expect("write");
+        assert_eq!(run.read(&name("v")).expect("read"), Some(state.clone()));
+        assert!(state.how_to_detach().contains("`kill 7`"));
     }
 
     #[test]

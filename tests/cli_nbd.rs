@@ -1,0 +1,235 @@
+//! `vb-ublk nbd` as a process: where it listens, whom it tells, how it ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+struct Bench {
+    dir: TempDir,
+}
+
+/// A server that is killed with the test.
+struct Running {
+    child: Child,
+    out: BufReader<ChildStdout>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Running {
+    fn of(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start");
+        let out = BufReader::new(child.stdout.take().expect("stdout"));
+        Self { child, out }
+    }
+
+    /// The next line on stdout; empty at its end.
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).expect("text");
+        line.trim_end().to_owned()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().expect("pid")), signal).expect("kill");
+    }
+
+    /// Its exit code, and what it has said on stderr.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let mut said = String::new();
+        self.child.stderr.take().expect("stderr").read_to_string(&mut said).expect("text");
+        (self.child.wait().expect("wait").code(), said)
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("dir");
+        std::fs::write(dir.path().join("config.toml"), "").expect("config");
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().expect("text").to_owned()
+    }
+
+    fn surround(&self, command: &mut Command) {
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("VB_UBLK_DATA_DIR", self.path("data"))
+            .env("VB_UBLK_RUN_DIR", self.path("run"))
+            .env("VB_UBLK_CONFIG", self.path("config.toml"))
+            .stdin(Stdio::null());
+    }
+
+    fn nbd(&self, args: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_vb-ublk"));
+        c.arg("nbd").args(args);
+        self.surround(&mut c);
+        c
+    }
+
+    #[track_caller]
+    fn fails(&self, args: &[&str], code: i32) -> String {
+        failed(&self.nbd(args).output().expect("start"), code)
+    }
+}
+
+/// The last line on stderr, which is the one for people; before it there may be warnings of the log.
+#[track_caller]
+fn failed(out: &Output, code: i32) -> String {
+    let err = String::from_utf8(out.stderr.clone()).expect("text");
+    assert_eq!(out.status.code(), Some(code), "{err}");
+    let last = err.lines().last().unwrap_or_default();
+    assert!(last.starts_with("vb-ublk: ") && !err.contains("panicked") && out.stdout.is_empty(), "{err}");
+    last.to_owned()
+}
+
+#[test]
+fn it_says_where_it_serves_and_leaves_at_a_signal() {
+    let b = Bench::new();
+    let manager = UnixDatagram::bind(b.path("notify")).expect("bind");
+    manager.set_read_timeout(Some(Duration::from_secs(30))).expect("time-out");
+    let hear = || {
+        let mut got = [0; 1024];
+        let n = manager.recv(&mut got).expect("a word");
+        String::from_utf8(got[..n].to_vec()).expect("text")
+    };
+    let socket = b.path("nbd.sock");
+    // Left by a dead server.
+    drop(UnixListener::bind(&socket).expect("bind"));
+    let args = ["--listen", "127.0.0.1:0", "--listen", "[::1]:0", "--unix", &socket];
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut server = Running::of(b.nbd(&args).env("NOTIFY_SOCKET", b.path("notify")));
+        let lines = [server.line(), server.line(), server.line()];
+        assert!(lines[0].starts_with("nbd://127.0.0.1:") && !lines[0].ends_with(":0"), "{lines:?}");
+        assert!(lines[1].starts_with("nbd://[::1]:"), "{lines:?}");
+        assert_eq!(lines[2], format!("nbd+unix:///?socket={socket}"));
+        let ready = hear();
+        assert!(ready.starts_with("READY=1\nSTATUS=serving file://") && ready.contains(&lines[0]), "{ready}");
+        // One that is in use is refused, by name; and is still served afterwards.
+        let e = b.fails(&["--unix", &socket], 1);
+        assert!(e.contains("nbd.sock") && e.contains("another process"), "{e}");
+        let tcp = lines[0].strip_prefix("nbd://").expect("TCP");
+        assert!(b.fails(&["--listen", tcp], 1).contains(tcp));
+        UnixStream::connect(&socket).expect("still there");
+        server.signal(signal);
+        assert!(hear().starts_with("STOPPING=1\n"));
+        assert_eq!(server.line(), "");
+        assert_eq!(server.end().0, Some(0));
+        assert!(!Path::new(&socket).exists());
+        while !hear().contains("detaching 0 volumes") {}
+    }
+}
+
+#[test]
+fn it_serves_what_the_service_manager_listens_on() {
+    let b = Bench::new();
+    // The shell makes the number of its process and descriptor 3 what a service manager would.
+    let start = |socket: OwnedFd, pid: &str| {
+        let mut c = Command::new("sh");
+        let script =
+            format!("LISTEN_PID={pid} LISTEN_FDS=1 LISTEN_FDNAMES=front exec \"$0\" nbd \"$@\" 3<&0 </dev/null");
+        c.args(["-c", &script, env!("CARGO_BIN_EXE_vb-ublk")]);
+        b.surround(&mut c);
+        c.stdin(Stdio::from(socket));
+        c
+    };
+    let tcp = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let uri = format!("nbd://{}", tcp.local_addr().expect("address"));
+    let mut server = Running::of(&mut start(tcp.into(), "$$"));
+    assert_eq!(server.line(), uri);
+    server.signal(Signal::SIGTERM);
+    // It alone: the default address is not listened on beside it.
+    assert_eq!(server.line(), "");
+    assert_eq!(server.end().0, Some(0));
+
+    let path = b.path("passed.sock");
+    let unix = UnixListener::bind(&path).expect("bind");
+    let mut server = Running::of(&mut start(unix.into(), "$$"));
+    assert_eq!(server.line(), format!("nbd+unix:///?socket={path}"));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+    assert!(Path::new(&path).exists(), "it is the service manager's");
+
+    // To all the world only by the user's word.
+    let open = TcpListener::bind("0.0.0.0:0").expect("bind");
+    let out = start(open.into(), "$$").output().expect("start");
+    assert!(failed(&out, 1).contains("--insecure-listen"));
+    let null = std::fs::File::open("/dev/null").expect("open");
+    let out = start(null.into(), "$$").output().expect("start");
+    assert!(failed(&out, 2).contains("\"front\""), "{out:?}");
+    // Passed to another process.
+    let null = std::fs::File::open("/dev/null").expect("open");
+    let mut server = Running::of(start(null.into(), "1").env("VB_UBLK_LISTEN", "127.0.0.1:0"));
+    assert!(server.line().starts_with("nbd://127.0.0.1:"));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_before_anything_listens() {
+    let b = Bench::new();
+    for (args, code, word) in [
+        (&["--listen", "localhost:10809"][..], 2, "127.0.0.1:10809"),
+        (&["--listen", "0.0.0.0:0"], 1, "--insecure-listen"),
+        (&["--listen", "[::]:0"], 1, "--tls-certs"),
+        (&["--workers", "0"], 2, "1 to 64"),
+        (&["--workers", "65"], 2, "1 to 64"),
+        (&["--max-connections", "0"], 2, "1 or more"),
+        (&["--linger", "long"], 2, "--linger"),
+        (&["--tls", "required"], 2, "--tls-certs"),
+        (&["--tls", "perhaps"], 2, "allowed"),
+        (&["--tls-certs", "/does/not/exist"], 1, "/does/not/exist"),
+        (&["--create-size", "100"], 2, "steps of 4K"),
+        (&["--volume", "../etc"], 2, "letter or a digit"),
+        (&["--wal-size", "1M"], 2, "64M"),
+        (&["--unix", "/does/not/exist/nbd.sock"], 1, "/does/not/exist/nbd.sock"),
+    ] {
+        // An address of the test's own, so that the default one is in nobody's way.
+        let mut command = b.nbd(args);
+        if args[0] != "--listen" {
+            command.env("VB_UBLK_LISTEN", "127.0.0.1:0");
+        }
+        let line = failed(&command.output().expect("start"), code);
+        assert!(line.contains(word), "{args:?}: {line}");
+    }
+    let out = b.nbd(&["--listen", "127.0.0.1:0"]).env("VB_UBLK_WAL_DEVICE", "/dev/x").output().expect("start");
+    let line = failed(&out, 2);
+    assert!(line.contains("/dev/x") && line.contains("--wal-dir"), "{line}");
+    std::fs::write(b.path("file"), "precious").expect("write");
+    assert!(b.fails(&["--unix", &b.path("file")], 1).contains("not a socket"));
+    let mut server = Running::of(&mut b.nbd(&["--listen", "0.0.0.0:0", "--insecure-listen"]));
+    assert!(server.line().starts_with("nbd://0.0.0.0:"));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+}
+
+#[test]
+fn the_file_says_it_too() {
+    let b = Bench::new();
+    let socket = b.path("from-file.sock");
+    std::fs::write(b.path("config.toml"), format!("listen = \"127.0.0.1:0\"\nunix = [{socket:?}]\nlinger = 1\n"))
+        .expect("write");
+    let mut server = Running::of(&mut b.nbd(&[]));
+    assert!(server.line().starts_with("nbd://127.0.0.1:"));
+    assert_eq!(server.line(), format!("nbd+unix:///?socket={socket}"));
+    let begun = Instant::now();
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(20));
+}
