@@ -170,6 +170,26 @@ fn an_idle_volume_lingers_and_a_used_one_stays() {
     assert_eq!(fake.with(&v, |f| (f.attaches, f.detaches)), (2, 1));
 }
 
+/// Somebody may open the volume between the end of the last reference and the drop of what it referred to.
+#[test]
+fn a_drop_that_comes_late_does_not_start_the_clock_of_the_next() {
+    let (registry, _fake, v) = fresh();
+    let first = registry.open(&v).expect("first");
+    let late = Lease {
+        volume: Arc::clone(&first.volume),
+        name: v.clone(),
+        number: first.number,
+        registry: Arc::clone(&registry.0),
+    };
+    drop(first);
+    let second = registry.open(&v).expect("second");
+    assert_ne!(second.number, late.number);
+    drop(late);
+    assert_eq!(registry.sweep(later()), None, "the second is used");
+    drop(second);
+    assert!(registry.sweep(Instant::now()).is_some());
+}
+
 #[test]
 fn who_opens_during_a_detach_waits_and_attaches_anew() {
     let (registry, fake, v) = fresh();
@@ -290,7 +310,10 @@ fn the_thread_detaches_when_the_time_has_come() {
     let registry = Registry::new(fake.clone(), Duration::from_millis(1));
     registry.keep().expect("thread");
     for round in 1..=3 {
-        drop(registry.open(&name("v")).expect("open"));
+        let lease = registry.open(&name("v")).expect("open");
+        // By now the thread sleeps, and nothing but the drop can wake it.
+        crate::cli::pause(Duration::from_millis(50));
+        drop(lease);
         fake.until(&name("v"), |f| f.detaches == round);
     }
     registry.close().expect("closed");
