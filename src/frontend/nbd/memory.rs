@@ -9,7 +9,8 @@
 //!
 //! Invariants:
 //! - The bytes of all living [`Lease`]s are at most `SHARED` + `OWN` for each connection.
-//! - Who waits is served in order; a lease that is dropped lets the next ones on.
+//! - Who waits is served in order; a lease that is dropped lets the next ones on. What is a client's own comes back to that client
+//!   at once, whoever else waits: nobody can hold up another's small requests.
 //! - A buffer goes back to the pool only when nobody else looks at it.
 
 use std::cell::{Cell, RefCell};
@@ -80,8 +81,15 @@ struct Waiter {
     bytes: usize,
     account: Rc<Account>,
     waker: Waker,
-    granted: bool,
+    granted: Option<Granted>,
     since: Duration,
+}
+
+/// Where the memory that somebody has been given comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Granted {
+    Own,
+    Shared,
 }
 
 #[derive(Default)]
@@ -116,14 +124,15 @@ impl Memory {
             0x1001..=0x40_0000 => len.next_power_of_two(),
             _ => len.next_multiple_of(1 << SMALLEST),
         };
-        let own = account.own.get() + charge <= OWN;
-        if own {
+        let own = if account.own.get() + charge <= OWN {
             account.own.set(account.own.get() + charge);
+            true
         } else if self.0.queue.borrow().is_empty() && self.has_room(account, charge) {
             self.take(account, charge);
+            false
         } else {
-            self.wait(account, charge).await;
-        }
+            self.wait(account, charge).await == Granted::Own
+        };
         Lease { buf: Some(self.buffer(charge)), len, memory: self.clone(), account: Rc::clone(account), charge, own }
     }
 
@@ -136,7 +145,7 @@ impl Memory {
         account.shared.set(account.shared.get() + charge);
     }
 
-    async fn wait(&self, account: &Rc<Account>, bytes: usize) {
+    async fn wait(&self, account: &Rc<Account>, bytes: usize) -> Granted {
         let id = self.0.next_id.get();
         self.0.next_id.set(id + 1);
         let mut ticket = Ticket { memory: self, id, queued: false };
@@ -144,37 +153,50 @@ impl Memory {
             let mut queue = self.0.queue.borrow_mut();
             let Some(at) = queue.iter().position(|w| w.id == id) else {
                 let (account, waker) = (Rc::clone(account), cx.waker().clone());
-                queue.push_back(Waiter { id, bytes, account, waker, granted: false, since: monotonic_now() });
+                queue.push_back(Waiter { id, bytes, account, waker, granted: None, since: monotonic_now() });
                 ticket.queued = true;
                 drop(queue);
                 // Those before it may all be waiting for shares of their own.
                 self.grant();
-                if self.0.queue.borrow_mut().pop_back_if(|w| w.granted).is_none() {
+                if self.0.queue.borrow_mut().pop_back_if(|w| w.granted.is_some()).is_none() {
                     return Poll::Pending;
                 }
                 ticket.queued = false;
-                return Poll::Ready(());
+                return Poll::Ready(Granted::Shared);
             };
-            if queue[at].granted {
+            if let Some(granted) = queue[at].granted {
                 queue.remove(at);
                 ticket.queued = false;
-                return Poll::Ready(());
+                return Poll::Ready(granted);
             }
             queue[at].waker.clone_from(cx.waker());
             Poll::Pending
         })
-        .await;
+        .await
     }
 
     /// Lets those go on for whom there is room. One who waits for its own share does not hold up the others.
     fn grant(&self) {
-        for w in self.0.queue.borrow_mut().iter_mut().filter(|w| !w.granted) {
+        for w in self.0.queue.borrow_mut().iter_mut().filter(|w| w.granted.is_none()) {
             if self.0.taken.get() + w.bytes > SHARED {
                 break;
             }
             if w.account.shared.get() + w.bytes <= SHARE {
                 self.take(&w.account, w.bytes);
-                w.granted = true;
+                w.granted = Some(Granted::Shared);
+                w.waker.wake_by_ref();
+            }
+        }
+    }
+
+    /// What a client has for itself lets its own requests go on, however long others hold what is shared.
+    fn give_back_own(&self, account: &Rc<Account>, charge: usize) {
+        account.own.set(account.own.get() - charge);
+        for w in self.0.queue.borrow_mut().iter_mut().filter(|w| w.granted.is_none() && Rc::ptr_eq(&w.account, account))
+        {
+            if account.own.get() + w.bytes <= OWN {
+                account.own.set(account.own.get() + w.bytes);
+                w.granted = Some(Granted::Own);
                 w.waker.wake_by_ref();
             }
         }
@@ -189,7 +211,7 @@ impl Memory {
     /// Whether somebody has been waiting since `then` for what others have.
     pub(super) fn is_short_since(&self, then: Duration) -> bool {
         let queue = self.0.queue.borrow();
-        queue.iter().any(|w| !w.granted && w.since < then && w.account.shared.get() + w.bytes <= SHARE)
+        queue.iter().any(|w| w.granted.is_none() && w.since < then && w.account.shared.get() + w.bytes <= SHARE)
     }
 
     fn place(charge: usize) -> Option<usize> {
@@ -235,10 +257,10 @@ impl Drop for Ticket<'_> {
         let mut queue = self.memory.0.queue.borrow_mut();
         let Some(w) = queue.iter().position(|w| w.id == self.id).and_then(|i| queue.remove(i)) else { return };
         drop(queue);
-        if w.granted {
-            self.memory.give_back(&w.account, w.bytes);
-        } else {
-            self.memory.grant();
+        match w.granted {
+            Some(Granted::Own) => self.memory.give_back_own(&w.account, w.bytes),
+            Some(Granted::Shared) => self.memory.give_back(&w.account, w.bytes),
+            None => self.memory.grant(),
         }
     }
 }
@@ -261,7 +283,7 @@ impl Drop for Lease {
             self.memory.keep(buf);
         }
         if self.own {
-            self.account.own.set(self.account.own.get() - self.charge);
+            self.memory.give_back_own(&self.account, self.charge);
         } else {
             self.memory.give_back(&self.account, self.charge);
         }
@@ -347,6 +369,29 @@ mod tests {
         assert!(now(&m, &other, 2 << 20).is_some(), "there is room for the other");
         drop(held);
         assert!(poll(third.as_mut()).is_ready());
+    }
+
+    #[test]
+    fn own_memory_that_comes_back_lets_one_go_on_while_others_hoard() {
+        let m = Memory::default();
+        let accounts: [Rc<Account>; 4] = Default::default();
+        let _hoarded: Vec<_> =
+            accounts[..2].iter().flat_map(|a| [now(&m, a, 32 << 20), now(&m, a, 32 << 20)]).flatten().collect();
+        assert_eq!(m.0.taken.get(), SHARED);
+        let (good, other) = (&accounts[2], &accounts[3]);
+        let mut own: Vec<_> = (0..3).map_while(|_| now(&m, good, OWN / 2)).collect();
+        assert_eq!(own.len(), 2);
+        let mut large = pin!(m.lease(other, OWN + 1));
+        let (mut waits, mut gives_up) = (pin!(m.lease(good, OWN / 2)), Box::pin(m.lease(good, OWN / 2)));
+        assert!(poll(large.as_mut()).is_pending());
+        assert!(poll(gives_up.as_mut()).is_pending() && poll(waits.as_mut()).is_pending());
+        own.pop();
+        assert!(poll(waits.as_mut()).is_pending(), "it is the first one's turn");
+        drop(gives_up);
+        let Poll::Ready(lease) = poll(waits.as_mut()) else { panic!("what the other gave up is its own again") };
+        assert!(poll(large.as_mut()).is_pending(), "it is nobody else's");
+        drop((lease, own));
+        assert_eq!((good.own.get(), good.shared.get(), m.0.taken.get()), (0, 0, SHARED));
     }
 
     #[test]
