@@ -227,6 +227,9 @@ impl<T: Transport, E: Engine> Session<T, E> {
             let payload = request.payload(self.extended());
             let have = input.bytes().len() - header;
             if payload > have as u64 && payload <= DIRECT as u64 {
+                if input.is_full() {
+                    input = input.grown(MAX_INPUT);
+                }
                 self.account.waits(Wait::Payload);
                 let more = input.fill(&self.transport).await?;
                 self.account.goes_on(Wait::Payload);
