@@ -2,7 +2,7 @@
 //! sends whatever a test wants sent and holds every answer against the protocol.
 //!
 //! The client knows nothing of the program's own code. `VB_TEST_NBD_SERVER=qemu-nbd` puts QEMU's server in the program's place
-//! where a test asks for nothing that only the program has: what fails there, too, is the test's mistake.
+//! (`nbdkit`: that one's memory). What fails there, too, may be the test's mistake.
 
 // Each test program uses a part of this.
 #![allow(dead_code)]

@@ -56,6 +56,10 @@ impl Place {
         Some(Self::new(Store::S3(Box::new(moto))))
     }
 
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -149,8 +153,8 @@ impl Place {
     /// The same, or how it ended and what it said.
     #[track_caller]
     pub(crate) fn try_start(&self, args: &[&str]) -> Result<Server, (ExitStatus, String)> {
-        if std::env::var("VB_TEST_NBD_SERVER").is_ok_and(|v| v == "qemu-nbd") {
-            return Ok(Server::reference(self, args));
+        if let Ok(program) = std::env::var("VB_TEST_NBD_SERVER") {
+            return Ok(Server::reference(&program, self, args));
         }
         let mut all = vec!["nbd"];
         if !args.contains(&"--wal-size") {
@@ -200,8 +204,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// QEMU's server over a raw file, to try the tests themselves on.
-    fn reference(place: &Place, args: &[&str]) -> Self {
+    /// QEMU's server over a raw file, or nbdkit's memory, to try the tests themselves on.
+    fn reference(program: &str, place: &Place, args: &[&str]) -> Self {
         let after = |name: &str| args.iter().position(|a| *a == name).and_then(|i| args.get(i + 1));
         let disk = place.path("reference.raw");
         if !disk.exists() {
@@ -211,14 +215,18 @@ impl Server {
         }
         let socket = place.path(&format!("reference-{}.sock", unique()));
         let log = place.path(&format!("reference-{}.log", unique()));
-        let mut command = Command::new("qemu-nbd");
-        command.args(["--persistent", "--shared=0", "--discard=unmap", "-f", "raw", "-x", "vol", "-k"]).arg(&socket);
-        if args.contains(&"--read-only") {
-            command.arg("--read-only");
+        let mut command = Command::new(program);
+        if program == "nbdkit" {
+            let size = after("--create-size").expect("the size of a volume");
+            command.arg("-f").arg("-U").arg(&socket).arg("memory").arg(format!("size={size}"));
+        } else {
+            command.args(["--persistent", "--shared=0", "--discard=unmap", "-f", "raw", "-x", "vol"]);
+            command.args(args.contains(&"--read-only").then_some("--read-only"));
+            command.arg("-k").arg(&socket).arg(&disk);
         }
-        let child = command.arg(&disk).stderr(File::create(&log).expect("a log")).spawn().expect("qemu-nbd");
+        let child = command.stderr(File::create(&log).expect("a log")).spawn().expect("start the reference");
         let server = Self { child, uris: vec![format!("nbd+unix:///?socket={}", socket.display())], log };
-        super::wait_until("qemu-nbd listens", Duration::from_secs(20), || server.addr().connect().is_ok());
+        super::wait_until("the reference listens", Duration::from_secs(20), || server.addr().connect().is_ok());
         server
     }
 
