@@ -5,6 +5,7 @@
 #   make test    everything (what CI runs)
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
+#   make soak    the long forms of the NBD tests
 #   make bench   benchmarks
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
 #   make deny    licenses, sources, and the advisory database (wants a network)
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup setup-% build test unit e2e demo bench lint fmt deny clean
+.PHONY: setup setup-% build test unit e2e soak demo bench lint fmt deny clean
 
 CARGO ?= cargo
 KERNEL ?=
@@ -36,6 +37,10 @@ unit: setup-build setup-test
 
 e2e: build
 	scripts/e2e/run --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" $(if $(KERNEL),--kernel $(KERNEL)) $(TESTS)
+	$(if $(TESTS),,scripts/e2e/boot --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" $(if $(KERNEL),--kernel $(KERNEL)))
+
+soak: setup-build setup-test
+	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop
 
 demo: build
 	scripts/demo --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"

@@ -100,6 +100,32 @@ kill_daemon() {
 	fail "process $pid is still there 10 s after kill -9"
 }
 
+# nbd_serve [OPTION]…: starts the NBD server on a free port; its address is in $nbd_port, its process in $nbd_pid.
+nbd_serve() {
+	local i
+	: >"$W/nbd.uri"
+	vb nbd --listen 127.0.0.1:0 "$@" >"$W/nbd.uri" 2>>"$W/nbd.log" </dev/null &
+	nbd_pid=$!
+	echo "$nbd_pid" >"$W/nbd.pid"
+	for ((i = 0; i < 600; i++)); do
+		nbd_port=$(sed -n 's,^nbd://127\.0\.0\.1:\([0-9]*\)/*$,\1,p' "$W/nbd.uri")
+		[ -z "$nbd_port" ] || break
+		kill -0 "$nbd_pid" 2>/dev/null || fail "vb-ublk nbd does not start: $(cat "$W/nbd.log")"
+		sleep 0.1
+	done
+	[ -n "$nbd_port" ] || fail "vb-ublk nbd does not say where it listens: $(cat "$W/nbd.uri")"
+	say "nbd server $nbd_pid on port $nbd_port"
+}
+
+# Ends the NBD server as systemd would: everything is in the store then.
+nbd_stop() {
+	local rc=0
+	kill -TERM "$nbd_pid"
+	wait "$nbd_pid" || rc=$?
+	rm "$W/nbd.pid"
+	[ "$rc" = 0 ] || fail "vb-ublk nbd ended with $rc: $(tail -n 5 "$W/nbd.log")"
+}
+
 # status VOLUME JQ-FILTER
 status() { vb status "$1" --json | jq -re "$2"; }
 
