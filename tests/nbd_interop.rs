@@ -378,10 +378,12 @@ fn client_folder(place: &Place, name: &str, authority: &Authority) -> std::path:
     let at = |f: &str| text(&dir.join(f)).to_owned();
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=client"];
     ok("openssl", &[&["req", "-keyout", &at("client-key.pem"), "-out", &at("csr")], &key[..]].concat());
+    // Without an extension it would be of version 1, which rustls takes for none.
+    std::fs::write(dir.join("ext"), "basicConstraints=CA:FALSE\nextendedKeyUsage=clientAuth\n").expect("write");
     let (ca, ca_key) = (authority.file("ca.pem"), authority.file("ca.key"));
     let sign =
         ["x509", "-req", "-in", &at("csr"), "-CA", text(&ca), "-CAkey", text(&ca_key), "-CAcreateserial", "-days", "2"];
-    ok("openssl", &[&sign[..], &["-out", &at("client-cert.pem")]].concat());
+    ok("openssl", &[&sign[..], &["-extfile", &at("ext"), "-out", &at("client-cert.pem")]].concat());
     dir
 }
 

@@ -195,7 +195,7 @@ fn an_address_that_others_can_reach_must_be_asked_for() {
         let (status, said) = place.try_start(&["--listen", listen]).err().expect("not without a word");
         assert!(!status.success() && said.contains("--insecure-listen"), "{said}");
     }
-    for bad in ["nowhere", "127.0.0.1", "127.0.0.1:99999", ":10809:"] {
+    for bad in ["nowhere", "127.0.0.1:99999", ":10809:", ""] {
         let (status, said) = place.try_start(&["--listen", bad]).err().expect("no address");
         assert_eq!(status.code(), Some(2), "{said}");
     }
