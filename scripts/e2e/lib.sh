@@ -104,7 +104,8 @@ kill_daemon() {
 nbd_serve() {
 	local i
 	: >"$W/nbd.uri"
-	vb nbd --listen 127.0.0.1:0 "$@" >"$W/nbd.uri" 2>>"$W/nbd.log" </dev/null &
+	# Not by vb: the process of a function in the background is a shell's.
+	"$E2E_BIN" --data-dir "$data" --run-dir "$run" nbd --listen 127.0.0.1:0 "$@" >"$W/nbd.uri" 2>>"$W/nbd.log" </dev/null &
 	nbd_pid=$!
 	echo "$nbd_pid" >"$W/nbd.pid"
 	for ((i = 0; i < 600; i++)); do
