@@ -314,6 +314,30 @@ fn extended_headers_go_beyond_four_gib() {
     c.disconnect();
 }
 
+/// Around every power of two, where buffers end; many at once, so that they lie across each other's borders.
+#[test]
+fn writes_of_every_size_arrive_whole() {
+    let place = Place::file();
+    let server = place.serve("64M", &[]);
+    let sizes = (9..20)
+        .flat_map(|n| [-512_i64, -32, -28, -1, 0, 1, 28, 512].map(|d| usize::try_from((1 << n) + d).expect("small")));
+    for size in sizes.filter(|n| *n > 0) {
+        for headers in [Headers::Structured, Headers::Extended] {
+            let mut c = server.client(headers);
+            let step = size.next_multiple_of(4096) as u64;
+            for n in 0..6 {
+                c.send(Request::write(0, n * step, &pattern(n, n, size as u64, size))).expect("send");
+            }
+            for _ in 0..6 {
+                assert_eq!(c.receive().unwrap_or_else(|e| panic!("writes of {size} bytes: {e}")).error, 0);
+            }
+            for n in 0..6 {
+                assert!(c.read(n * step, size) == pattern(n, n, size as u64, size), "write {n} of {size} bytes");
+            }
+        }
+    }
+}
+
 /// Many requests before the first answer is looked at: each is answered once, under its own cookie.
 #[test]
 fn requests_can_be_outstanding_in_numbers() {
