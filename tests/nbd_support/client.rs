@@ -147,6 +147,9 @@ pub(crate) enum Headers {
     Extended,
 }
 
+/// The replies to an option, by kind, or the error that it was refused with.
+pub(crate) type OptionAnswer = Result<Vec<(u32, Vec<u8>)>, u32>;
+
 /// What a server says of an export.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Info {
@@ -195,7 +198,7 @@ impl Handshake {
     }
 
     /// Sends an option; what came before its last answer, or the error that it was refused with.
-    pub(crate) fn option(&mut self, option: u32, data: &[u8]) -> io::Result<Result<Vec<(u32, Vec<u8>)>, u32>> {
+    pub(crate) fn option(&mut self, option: u32, data: &[u8]) -> io::Result<OptionAnswer> {
         self.send_option(option, data)?;
         let mut all = Vec::new();
         loop {
