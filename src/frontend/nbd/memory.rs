@@ -31,10 +31,10 @@ const SHARE: usize = 64 << 20;
 pub(super) const OWN: usize = 1 << 20;
 /// Buffers are kept for the next request, by powers of two from 4 KiB…
 const SMALLEST: u32 = 12;
-/// …to 4 MiB; larger ones are given back to the system.
-const LARGEST: u32 = 22;
+/// …to 32 MiB: a fresh one has to be zeroed, which takes longer than to fill it.
+const LARGEST: u32 = 25;
 /// The most bytes that are kept.
-const KEPT: usize = 32 << 20;
+const KEPT: usize = 64 << 20;
 
 /// A client's part.
 #[derive(Debug, Default)]
@@ -117,11 +117,11 @@ pub(super) struct Lease {
 }
 
 impl Memory {
-    /// A buffer of `len` bytes, with anything in it. Waits until there is room.
-    pub(super) async fn lease(&self, account: &Rc<Account>, len: usize) -> Lease {
+    /// A buffer of `len` bytes, with anything in it. Waits until there is room; `None` when it is no longer `wanted` then.
+    pub(super) async fn lease_if(&self, account: &Rc<Account>, len: usize, wanted: impl Fn() -> bool) -> Option<Lease> {
         let charge = match len {
             0..=0x1000 => 0x1000,
-            0x1001..=0x40_0000 => len.next_power_of_two(),
+            0x1001..=0x200_0000 => len.next_power_of_two(),
             _ => len.next_multiple_of(1 << SMALLEST),
         };
         let own = if account.own.get() + charge <= OWN {
@@ -133,7 +133,18 @@ impl Memory {
         } else {
             self.wait(account, charge).await == Granted::Own
         };
-        Lease { buf: Some(self.buffer(charge)), len, memory: self.clone(), account: Rc::clone(account), charge, own }
+        let mut lease = Lease { buf: None, len, memory: self.clone(), account: Rc::clone(account), charge, own };
+        if !wanted() {
+            return None;
+        }
+        lease.buf = Some(self.buffer(charge));
+        Some(lease)
+    }
+
+    /// The same for what is wanted in any case.
+    #[cfg(test)]
+    async fn lease(&self, account: &Rc<Account>, len: usize) -> Lease {
+        self.lease_if(account, len, || true).await.expect("it is wanted")
     }
 
     fn has_room(&self, account: &Account, charge: usize) -> bool {

@@ -150,11 +150,13 @@ impl Sectors {
         let turns = self.turn.get() % 5;
         self.turn.set(self.turn.get() + 1);
         let mut left = turns;
-        std::future::poll_fn(|_| {
+        std::future::poll_fn(|cx| {
             if left == 0 {
                 return Poll::Ready(());
             }
             left -= 1;
+            // For who polls only what has been woken.
+            cx.waker().wake_by_ref();
             Poll::Pending
         })
         .await;

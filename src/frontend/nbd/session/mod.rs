@@ -102,9 +102,19 @@ pub(super) struct Session<T, E> {
     sender_ended: Cell<bool>,
     /// The client's socket has failed: answers go nowhere.
     broken: Cell<bool>,
+    /// The client has ended without a word: reads that have not begun are not worth it any more.
+    hung_up: Cell<bool>,
     /// The volume is.
     gone: Cell<bool>,
     stopping: Rc<Cell<bool>>,
+}
+
+/// How a client ended.
+enum Ending {
+    /// It said so, or the server did.
+    GoodBye,
+    /// Without a word: it may be gone.
+    HungUp,
 }
 
 /// A request that has been found good, and what it needs.
@@ -159,6 +169,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
             may_look: Signal::default(),
             sender_ended: Cell::new(false),
             broken: Cell::new(false),
+            hung_up: Cell::new(false),
             gone: Cell::new(false),
             stopping,
         })
@@ -178,6 +189,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
         }));
         let read = self.read_requests(input).await;
         self.account.goes_on(Wait::Payload);
+        self.hung_up.set(!matches!(read, Ok(Ending::GoodBye)));
         let last_answers = async {
             self.one_ended.until(|| self.in_flight.get() == 0).await;
             self.outgoing.borrow_mut().closing = true;
@@ -195,7 +207,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
             select(pin!(self.say_good_bye()), (self.beside.sleep)(LAST_WORDS)).await;
         }
         self.transport.close();
-        read
+        read.map(drop)
     }
 
     /// Ends our direction, and reads past what the client has sent meanwhile until it ends its own: a socket that is closed
@@ -207,7 +219,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
         }
     }
 
-    async fn read_requests(self: &Rc<Self>, input: Input) -> Result<(), Broken> {
+    async fn read_requests(self: &Rc<Self>, input: Input) -> Result<Ending, Broken> {
         let mut input = input.grown(INPUT);
         let may_go_on = || {
             self.in_flight.get() < MAX_IN_FLIGHT && self.at_guard.get() < MAX_TURNS && self.outgoing.borrow().is_small()
@@ -219,7 +231,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
                     input = input.grown(MAX_INPUT);
                 }
                 if !input.fill(&self.transport).await? {
-                    return if begun { Err(cut_off()) } else { Ok(()) };
+                    return if begun { Err(cut_off()) } else { Ok(Ending::HungUp) };
                 }
                 continue;
             };
@@ -240,7 +252,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
             }
             input.consume(header);
             if request.command == Command::Disc {
-                return Ok(());
+                return Ok(Ending::GoodBye);
             }
             if !may_go_on() {
                 self.one_ended.until(may_go_on).await;
@@ -251,7 +263,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
                 return Err(e);
             }
         }
-        Ok(())
+        Ok(Ending::GoodBye)
     }
 
     /// Begins a request, or refuses it. An error ends the session, and the request has no answer.
@@ -319,7 +331,8 @@ impl<T: Transport, E: Engine> Session<T, E> {
     /// Leases room for a write's sectors and receives its data to its place there.
     async fn receive(&self, range: &Range<u64>, input: &mut Input) -> Result<Lease, Broken> {
         let sectors = sectors_around(range);
-        let lease = self.memory.lease(&self.account, count(&sectors) as usize * SECTOR).await;
+        let len = count(&sectors) as usize * SECTOR;
+        let lease = self.memory.lease_if(&self.account, len, || !self.broken.get()).await.ok_or_else(cut_off)?;
         let pad = (range.start % SECTOR_BYTES) as usize;
         let place = lease.slice(pad..pad + (range.end - range.start) as usize);
         let mut have = input.bytes().len().min(place.len());
@@ -391,7 +404,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
             }),
             Err(fault) => {
                 self.refuse(request, of_fault(fault));
-                if fault == IoFault::Gone {
+                if fault == IoFault::Gone && !self.hung_up.get() {
                     // It does not come back on this connection; a client that connects anew may get it.
                     self.gone.set(true);
                     self.transport.stop_reading();

@@ -108,16 +108,29 @@ struct Talk {
     dialect: Dialect,
     read_only: bool,
     piece: usize,
+    /// Says good-bye in the end.
+    polite: bool,
     disk: Rc<Sectors>,
 }
 
 impl Talk {
     fn new(dialect: Dialect) -> Self {
-        Self { said: Vec::new(), dialect, read_only: false, piece: usize::MAX, disk: Sectors::new(SECTORS) }
+        Self {
+            said: Vec::new(),
+            dialect,
+            read_only: false,
+            piece: usize::MAX,
+            polite: true,
+            disk: Sectors::new(SECTORS),
+        }
     }
 
     fn run(&self) -> (Result<(), Broken>, Vec<u8>) {
-        let script = Script::new(self.said.clone(), self.piece);
+        let mut said = self.said.clone();
+        if self.polite {
+            said.extend(request(self.dialect == Dialect::Extended, 0, 2, 0, 0, 0));
+        }
+        let script = Script::new(said, self.piece);
         let served = Served {
             engine: Rc::clone(&self.disk),
             guard: Arc::default(),
@@ -213,7 +226,7 @@ fn payloads_nobody_asked_for_are_read_past_or_end_it() {
 fn an_end_in_the_middle_is_an_error_and_a_good_bye_is_not() {
     let whole = [request(false, 0, 1, 1, 0, 1024), vec![9; 1024]].concat();
     for cut in [1, 27, 28, 500, whole.len() - 1] {
-        let talk = Talk { said: whole[..cut].to_vec(), ..Talk::new(Dialect::Simple) };
+        let talk = Talk { said: whole[..cut].to_vec(), polite: false, ..Talk::new(Dialect::Simple) };
         let (ended, heard) = talk.run();
         assert!(matches!(ended, Err(Broken::Io(e)) if e.kind() == io::ErrorKind::UnexpectedEof), "cut at {cut}");
         assert!(heard.is_empty() && talk.disk.bytes.borrow().iter().all(|b| *b == 0), "cut at {cut}");
@@ -343,6 +356,6 @@ proptest! {
             let head = request(dialect == Dialect::Extended, 0, command, 1, 0, length);
             said.splice(0..0, head);
         }
-        let _ = Talk { said, piece: 7, ..Talk::new(dialect) }.run();
+        let _ = Talk { said, piece: 7, polite: false, ..Talk::new(dialect) }.run();
     }
 }

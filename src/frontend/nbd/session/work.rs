@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::rc::Rc;
 
+use futures_util::stream::{self, StreamExt};
+
 use super::{Served, Session, is_whole};
 use crate::disk::IoBuf;
 use crate::frontend::nbd::handshake::Dialect;
@@ -14,6 +16,9 @@ use crate::volume::engine::{Engine, Extent, IoFault};
 
 /// A hole in an answer to READ is worth a chunk of its own from so many bytes.
 const WORTH_A_HOLE: u64 = BLOCK as u64;
+/// A long read goes to the engine in pieces of so many bytes, so many at once.
+const STEP: usize = 1 << 20;
+const STEPS: usize = 4;
 /// The most sectors that are trimmed or zeroed by one entry of the log: what applies it holds up everybody.
 const MAX_HOLE: u64 = (1 << 30) / SECTOR_BYTES;
 /// The most extents in an answer to `BLOCK_STATUS`.
@@ -112,8 +117,11 @@ impl<T: Transport, E: Engine> Session<T, E> {
                 return Ok(());
             }
         }
-        let lease = Rc::new(self.memory.lease(&self.account, count(&sectors) as usize * SECTOR).await);
-        engine.read(Lba(sectors.start), lease.all()).await?;
+        // While it waits for memory the client may leave, with gigabytes asked for: nobody else shall wait for those.
+        let wanted = || !self.broken.get() && !self.hung_up.get();
+        let len = count(&sectors) as usize * SECTOR;
+        let lease = Rc::new(self.memory.lease_if(&self.account, len, wanted).await.ok_or(IoFault::Gone)?);
+        self.read_in_steps(sectors.start, &lease.all()).await?;
         let first = sectors.start * SECTOR_BYTES;
         let part = |r: &Range<u64>| lease.slice((r.start - first) as usize..(r.end - first) as usize);
         if !chunked {
@@ -137,6 +145,17 @@ impl<T: Transport, E: Engine> Session<T, E> {
             }
         });
         Ok(())
+    }
+
+    /// So that others of the lane have turns between.
+    async fn read_in_steps(&self, from: u64, to: &IoBuf) -> Result<(), IoFault> {
+        let steps = (0..to.len()).step_by(STEP).map(|at| {
+            let part = to.slice(at..(at + STEP).min(to.len()));
+            self.served.engine.read(Lba(from + (at / SECTOR) as u64), part)
+        });
+        // All of them, whatever becomes of one: a read that is under way owns its part of the buffer.
+        let both = |all: Result<(), IoFault>, one| async move { all.and(one) };
+        stream::iter(steps).buffer_unordered(STEPS).fold(Ok(()), both).await
     }
 
     pub(super) async fn block_status(&self, request: &Request, range: &Range<u64>, one: bool) -> Result<(), IoFault> {
