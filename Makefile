@@ -6,6 +6,7 @@
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
 #   make soak    the long forms of the NBD tests
+#   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
 #   make bench   benchmarks
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
 #   make deny    licenses, sources, and the advisory database (wants a network)
@@ -13,11 +14,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup setup-% build test unit e2e soak demo bench lint fmt deny clean
+.PHONY: setup setup-% build test unit e2e soak fuzz demo bench lint fmt deny clean
 
 CARGO ?= cargo
 KERNEL ?=
 TESTS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= nbd_handshake nbd_session formats
 DENY = "$${VB_CACHE:-target/guest}/cargo-deny-root/bin/cargo-deny"
 
 setup:
@@ -41,6 +44,12 @@ e2e: build
 
 soak: setup-build setup-test
 	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop
+
+fuzz: setup-build setup-fuzz
+	cd fuzz && for t in $(FUZZ_TARGETS); do \
+		PATH="$$(realpath -m "$${VB_CACHE:-../target/guest}")/cargo-fuzz-root/bin:$$PATH" \
+		cargo +nightly fuzz run $$t -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096; \
+	done
 
 demo: build
 	scripts/demo --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"

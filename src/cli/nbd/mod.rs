@@ -19,7 +19,7 @@ mod volumes;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
@@ -47,8 +47,11 @@ const DEFAULT_LINGER: u32 = 10;
 const DEFAULT_CONNECTIONS: u16 = 128;
 const MOST_DEFAULT_WORKERS: usize = 4;
 const MAX_WORKERS: u16 = 64;
-/// How long a client may take before its first request.
+/// How long a client may take to choose an export.
 const HANDSHAKE: Duration = Duration::from_secs(30);
+
+/// A second signal so soon after the first is no second thought: `timeout` and terminals send them in pairs.
+const SAME_WISH: Duration = Duration::from_secs(1);
 
 /// What the command line and its like come to.
 struct Plan {
@@ -102,13 +105,18 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
     let served = Arc::new(Served { registry: Registry::new(volumes, plan.linger), names: plan.names });
     let (stop, stopped) = mpsc::channel();
     let leaving = Arc::clone(&served);
-    let mut asked = false;
+    let mut asked = None::<Instant>;
     signals.heed("SIGKILL: the logs keep what is not uploaded", move |signal| {
-        if std::mem::replace(&mut asked, true) {
-            leave(&leaving, signal);
+        match asked {
+            // The main thread waits for it, or will.
+            None => drop(stop.send(signal)),
+            Some(first) if first.elapsed() < SAME_WISH => {
+                tracing::info!("{signal} again, at once: taken for the same wish");
+                return;
+            }
+            Some(_) => leave(&leaving, signal),
         }
-        // The main thread waits for it, or will.
-        let _ = stop.send(signal);
+        asked = Some(Instant::now());
     })?;
     protect::memory(plan.strict)?;
     served.registry.keep()?;

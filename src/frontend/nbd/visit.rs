@@ -74,7 +74,9 @@ impl<X: Exports> Visit<X> {
         match (outcome, &self.worker.shared.tls) {
             (Outcome::Serve(agreed), _) => Ok(Some((Stream::Plain(socket.clone()), agreed, input))),
             (Outcome::StartTls, Some(tls)) => {
-                let secure = TlsSocket::accept(socket.clone(), Arc::clone(&tls.config)).await?;
+                let secure = TlsSocket::accept(socket.clone(), Arc::clone(&tls.config)).await.inspect_err(|e| {
+                    self.worker.shared.sparing.say(|| format!("a client was not let in by TLS: {e}"));
+                })?;
                 handshake.under_tls();
                 match handshake.options(&mut input, &secure, self).await? {
                     Outcome::Serve(agreed) => Ok(Some((Stream::Tls(Box::new(secure)), agreed, input))),
