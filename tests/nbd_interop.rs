@@ -309,8 +309,8 @@ fn fio_verifies_on_four_connections() {
     let place = Place::file();
     let server = place.serve("256M", &["--wal-size", "128M"]);
     let size = if nbd_support::soak() { "48m" } else { "12m" };
-    let job = |mode: &str| {
-        let u = format!("--uri={}", uri(&server, "vol"));
+    let job = |server: &Server, mode: &str| {
+        let u = format!("--uri={}", uri(server, "vol"));
         let size = format!("--size={size}");
         let args = [
             "--name=four",
@@ -334,41 +334,20 @@ fn fio_verifies_on_four_connections() {
         ];
         let said = ok("fio", &args);
         assert!(said.contains("err= 0"), "{said}");
+        args.map(str::to_owned)
     };
-    job("--do_verify=1");
+    job(&server, "--do_verify=1");
     server.terminate();
     place.wipe_host();
     let server = place.serve("256M", &["--wal-size", "128M"]);
-    let u = format!("--uri={}", uri(&server, "vol"));
-    let size = format!("--size={size}");
-    let args = [
-        "--name=four",
-        "--ioengine=nbd",
-        &u,
-        "--rw=randwrite",
-        "--bsrange=512-128k",
-        "--bs_unaligned=0",
-        "--numjobs=4",
-        "--offset_increment=64m",
-        &size,
-        "--iodepth=16",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_state_save=0",
-        "--fsync=64",
-        "--verify_only",
-        "--randrepeat=1",
-        "--group_reporting=1",
-        "--thread=0",
-    ];
-    ok("fio", &args);
+    let args = job(&server, "--verify_only");
     // One byte in the midst of a block that fio wrote: it must see it.
     let mut c = server.client(Headers::Simple);
     let map = c.read(0, 8 << 20);
     let at = map.chunks(512).position(|s| s.iter().all(|b| *b != 0)).map_or(4096, |n| n * 512 + 300);
     c.write(at as u64, &[!map[at]]);
     c.disconnect();
-    fails("fio", &args);
+    fails("fio", &args.each_ref().map(String::as_str));
     server.terminate();
 }
 
