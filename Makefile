@@ -56,6 +56,7 @@ demo: build
 
 bench: build
 	$(CARGO) bench --locked
+	scripts/bench/nbd
 	scripts/bench/guest
 
 lint: setup-build setup-lint
