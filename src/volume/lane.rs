@@ -28,6 +28,8 @@ use crate::wal::log::{Failed, Log};
 
 /// A write is logged in entries of at most this many bytes.
 const MAX_ENTRY_BYTES: usize = 1 << 20;
+/// A discard or zeroing is logged in entries of at most this many sectors (1 GiB): what applies one holds up all lanes.
+const MAX_HOLE_SECTORS: u64 = (1 << 30) / SECTOR as u64;
 
 /// See the module's page.
 pub struct VolumeLane<D: Disk, T: Timer> {
@@ -111,9 +113,15 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
 
     async fn hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool) -> Result<(), IoFault> {
         self.check_write(lba, sectors)?;
-        // Holes carry no data but take entries, memory and packing: a block's worth of pacing each.
-        self.pace(BLOCK as u64).await;
-        let end = self.appender.push_hole(lba, sectors, kind, fua).await.map_err(|e| self.fault(e))?;
+        let (mut from, past) = (lba.0, lba.0 + sectors);
+        let mut end = LogPos::default();
+        while from < past {
+            let n = (past - from).min(MAX_HOLE_SECTORS);
+            // Holes carry no data but take entries, memory and packing: a block's worth of pacing each.
+            self.pace(BLOCK as u64).await;
+            end = self.appender.push_hole(Lba(from), n, kind, fua).await.map_err(|e| self.fault(e))?;
+            from += n;
+        }
         self.settle(end, fua).await
     }
 

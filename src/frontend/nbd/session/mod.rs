@@ -34,7 +34,7 @@ use crate::time::monotonic_now;
 use crate::units::SECTOR;
 use crate::volume::engine::{Engine, IoFault};
 use replies::Outgoing;
-use work::{count, sectors_around};
+use work::{SECTOR_BYTES, count, is_whole, sectors_around};
 
 /// Received at once, in bytes: at first, and when a client sends much.
 const INPUT: usize = 32 << 10;
@@ -51,8 +51,6 @@ const MAX_TURNS: usize = 64;
 const FAREWELL: Duration = Duration::from_secs(10);
 /// …and to hang up itself, so that they are not thrown away with what it still sends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-const SECTOR_BYTES: u64 = SECTOR as u64;
 
 /// A future that a lane runs.
 pub(super) type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -140,10 +138,6 @@ const fn of_fault(fault: IoFault) -> Refusal {
         IoFault::TimedOut => (Errno::Io, "it took too long"),
         IoFault::Gone => (Errno::Shutdown, "the volume is being detached"),
     }
-}
-
-const fn is_whole(range: &Range<u64>) -> bool {
-    range.start.is_multiple_of(SECTOR_BYTES) && range.end.is_multiple_of(SECTOR_BYTES)
 }
 
 impl<T: Transport, E: Engine> Session<T, E> {

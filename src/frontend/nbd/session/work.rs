@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use futures_util::stream::{self, StreamExt};
 
-use super::{Served, Session, is_whole};
+use super::{Served, Session};
 use crate::disk::IoBuf;
 use crate::frontend::nbd::handshake::Dialect;
 use crate::frontend::nbd::memory::Lease;
@@ -19,29 +19,24 @@ const WORTH_A_HOLE: u64 = BLOCK as u64;
 /// A long read goes to the engine in pieces of so many bytes, so many at once.
 const STEP: usize = 1 << 20;
 const STEPS: usize = 4;
-/// The most sectors that are trimmed or zeroed by one entry of the log: what applies it holds up everybody.
-const MAX_HOLE: u64 = (1 << 30) / SECTOR_BYTES;
 /// The most extents in an answer to `BLOCK_STATUS`.
 const MAX_EXTENTS: usize = 2048;
 /// The most bytes that `BLOCK_STATUS` looks at, and how many at a time: it holds up the lane.
 const MAX_LOOK: u64 = 8 << 30;
 const LOOK: u64 = 64 << 20;
 
-const SECTOR_BYTES: u64 = SECTOR as u64;
+pub(super) const SECTOR_BYTES: u64 = SECTOR as u64;
 
 pub(super) const fn sectors_around(range: &Range<u64>) -> Range<u64> {
     range.start / SECTOR_BYTES..range.end.div_ceil(SECTOR_BYTES)
 }
 
-pub(super) const fn count(sectors: &Range<u64>) -> u64 {
-    sectors.end - sectors.start
+pub(super) const fn is_whole(range: &Range<u64>) -> bool {
+    range.start.is_multiple_of(SECTOR_BYTES) && range.end.is_multiple_of(SECTOR_BYTES)
 }
 
-/// Trims or zeroes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Emptying {
-    Trim,
-    Zero,
+pub(super) const fn count(sectors: &Range<u64>) -> u64 {
+    sectors.end - sectors.start
 }
 
 impl<T: Transport, E: Engine> Session<T, E> {
@@ -73,7 +68,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
             return Ok(());
         }
         let _pass = self.turn(self.served.guard.shared(whole.clone())).await;
-        self.empty(Emptying::Trim, whole, fua).await
+        self.served.engine.discard(Lba(whole.start), count(&whole), fua).await
     }
 
     pub(super) async fn write_zeroes(&self, range: &Range<u64>, fua: bool) -> Result<(), IoFault> {
@@ -81,7 +76,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
         let sectors = sectors_around(range);
         if is_whole(range) {
             let _pass = self.turn(guard.shared(sectors.clone())).await;
-            return self.empty(Emptying::Zero, sectors, fua).await;
+            return engine.write_zeroes(Lba(sectors.start), count(&sectors), fua).await;
         }
         let _pass = self.turn(guard.exclusive(sectors.clone())).await;
         let whole = range.start.div_ceil(SECTOR_BYTES)..range.end / SECTOR_BYTES;
@@ -101,7 +96,7 @@ impl<T: Transport, E: Engine> Session<T, E> {
         if whole.is_empty() {
             return Ok(());
         }
-        self.empty(Emptying::Zero, whole, fua).await
+        engine.write_zeroes(Lba(whole.start), count(&whole), fua).await
     }
 
     pub(super) async fn read(&self, request: &Request, range: Range<u64>, one_chunk: bool) -> Result<(), IoFault> {
@@ -196,22 +191,6 @@ impl<T: Transport, E: Engine> Session<T, E> {
         }
         self.reply(|heads| self.chunks(request).block_status(heads, &extents));
         Ok(())
-    }
-
-    /// In pieces; with `fua`, all of them are durable in the end.
-    async fn empty(&self, how: Emptying, sectors: Range<u64>, fua: bool) -> Result<(), IoFault> {
-        let engine = &self.served.engine;
-        let at_once = count(&sectors) <= MAX_HOLE;
-        let mut from = sectors.start;
-        while from < sectors.end {
-            let n = (sectors.end - from).min(MAX_HOLE);
-            match how {
-                Emptying::Trim => engine.discard(Lba(from), n, fua && at_once).await?,
-                Emptying::Zero => engine.write_zeroes(Lba(from), n, fua && at_once).await?,
-            }
-            from += n;
-        }
-        if fua && !at_once { engine.flush().await } else { Ok(()) }
     }
 }
 
