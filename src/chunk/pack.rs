@@ -3,13 +3,15 @@
 //! Invariant: a chunk's bytes depend only on the entries of its group, on the pending groups before it and on the
 //! base below them; never on anything newer.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
+use super::bodies::{Bodies, Body};
 use super::header::{self, ChunkExtent, ChunkHeader, ExtentKind, HEADER_ROOM, MAX_BLOCKS, MAX_EXTENTS};
 use super::plan::{ChunkPlan, Item, MixedPart, covers_block, plan, split};
 use super::reader::ChunkReader;
@@ -22,9 +24,8 @@ use crate::wal::log::{Log, LogEntry};
 
 /// Reads of the log are joined over gaps of up to this many blocks…
 const JOIN_GAP: u32 = 4;
-/// …up to this many blocks.
-const JOIN_MAX: u32 = 256;
-const PARALLEL_LOG_READS: usize = 8;
+/// …up to this many blocks. Writers wait behind these reads in the disk's queue: with 8 MiB in flight, for milliseconds.
+const JOIN_MAX: u32 = 32;
 const PARALLEL_BASE_READS: usize = 16;
 /// Plans that leave room in the header for damaged blocks, which split extents and need masks.
 const ROOMY: (u16, usize) = (200, 200);
@@ -97,6 +98,10 @@ pub struct Sources<'a, D: Disk> {
     pub maps: &'a Maps,
     /// Chunks of the base.
     pub reader: &'a ChunkReader,
+    /// Memory for new chunks.
+    pub bodies: &'a Bodies,
+    /// Reads of the log at once, of up to 128 KiB each.
+    pub log_reads: usize,
     /// Groups built and not yet applied, oldest first.
     pub pending: Vec<Rc<Vec<BuiltChunk>>>,
 }
@@ -120,7 +125,8 @@ pub async fn build<D: Disk>(
 }
 
 struct Draft {
-    body: BytesMut,
+    /// Every byte of it is written: it may have been another chunk's.
+    body: Body,
     /// Per stored block: its volume block, checksum, and the sectors that are good.
     blocks: Vec<(BlockNo, u32, u8)>,
 }
@@ -169,7 +175,7 @@ async fn fill<D: Disk>(src: &Sources<'_, D>, ticket: &GroupTicket, plans: Vec<Ch
                 }
             }
         }
-        drafts.push(Draft { body: BytesMut::zeroed(HEADER_ROOM + usize::from(p.blocks) * BLOCK), blocks });
+        drafts.push(Draft { body: src.bodies.take(HEADER_ROOM + usize::from(p.blocks) * BLOCK), blocks });
     }
     lay_bases(src, &mut drafts, &partial).await?;
     lay_log(src, &mut drafts, wants).await?;
@@ -177,7 +183,7 @@ async fn fill<D: Disk>(src: &Sources<'_, D>, ticket: &GroupTicket, plans: Vec<Ch
     for (c, index, block, _) in &partial {
         let d = &mut drafts[*c];
         let at = HEADER_ROOM + usize::from(*index) * BLOCK;
-        d.blocks[usize::from(*index)].1 = block_crc(*block, &d.body[at..at + BLOCK]);
+        d.blocks[usize::from(*index)].1 = block_crc(*block, &d.body.buf.bytes()[at..at + BLOCK]);
     }
     let count = drafts.len() as u32;
     plans
@@ -204,7 +210,8 @@ async fn lay_bases<D: Disk>(
     for ((c, index, _, parts), base) in partial.iter().zip(bases) {
         let d = &mut drafts[*c];
         let at = HEADER_ROOM + usize::from(*index) * BLOCK;
-        let room = &mut d.body[at..at + BLOCK];
+        let room = &mut d.body.buf.bytes_mut()[at..at + BLOCK];
+        room.fill(0);
         if let Some(base) = base {
             if let Some(data) = &base.data {
                 room.copy_from_slice(data);
@@ -277,27 +284,31 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
             w.blocks -= now;
         }
     }
+    let free: RefCell<Vec<IoBuf>> = RefCell::default();
+    let free = &free;
     let mut done = stream::iter(reads)
         .map(|(start, end, list)| async move {
-            let buf = IoBuf::zeroed((end - start) as usize * BLOCK);
+            let whole = free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK));
+            let buf = whole.slice(0..(end - start) as usize * BLOCK);
             let at = u64::from(start) * BLOCK as u64;
             src.disk
                 .read_at(at, buf.clone())
                 .await
                 .map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
-            Ok::<_, Error>((start, buf, list))
+            Ok::<_, Error>((start, whole, list))
         })
-        .buffer_unordered(PARALLEL_LOG_READS);
-    while let Some((start, buf, list)) = done.try_next().await? {
+        .buffer_unordered(src.log_reads);
+    while let Some((start, whole, list)) = done.try_next().await? {
         for w in list {
             for i in 0..w.blocks {
                 let file_block = w.file_block + i;
                 let from = (file_block - start) as usize * BLOCK;
-                let data = &buf.bytes()[from..from + BLOCK];
+                let data = &whole.bytes()[from..from + BLOCK];
                 let crc = src.log.crc(file_block);
                 place(&mut drafts[w.chunk], &w, i, data, crc);
             }
         }
+        free.borrow_mut().push(whole);
     }
     Ok(())
 }
@@ -315,7 +326,7 @@ fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
     let at = HEADER_ROOM + index * BLOCK;
     let (from, to) = w.part.unwrap_or((0, SECTORS_PER_BLOCK as u8));
     let range = usize::from(from) * SECTOR..usize::from(to) * SECTOR;
-    d.body[at..at + BLOCK][range.clone()].copy_from_slice(&data[range]);
+    d.body.buf.copy_in(at + range.start, &data[range]);
     let b = &mut d.blocks[index];
     if w.part.is_none() {
         b.1 = crc;
@@ -328,7 +339,7 @@ fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
     }
 }
 
-fn finish(t: &GroupTicket, index: u32, count: u32, plan: &ChunkPlan, mut d: Draft) -> Result<BuiltChunk> {
+fn finish(t: &GroupTicket, index: u32, count: u32, plan: &ChunkPlan, d: Draft) -> Result<BuiltChunk> {
     let mut extents: Vec<ChunkExtent> = Vec::with_capacity(plan.items.len());
     let mut push = |block: BlockNo, blocks: u64, kind: ExtentKind| {
         if let Some(last) = extents.last_mut()
@@ -372,7 +383,7 @@ fn finish(t: &GroupTicket, index: u32, count: u32, plan: &ChunkPlan, mut d: Draf
         masks,
     };
     let bytes = header.encode().map_err(Error::from)?;
-    d.body[..HEADER_ROOM].copy_from_slice(&bytes);
+    d.body.buf.copy_in(0, &bytes);
     Ok(BuiltChunk { header: Arc::new(header), body: d.body.freeze() })
 }
 

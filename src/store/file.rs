@@ -18,7 +18,7 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind as IoKind, Read, Write};
+use std::io::{self, ErrorKind as IoKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -28,20 +28,29 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 
 use super::{
     ObjectMeta, Precondition, RESERVED, Store, StoreUrl, Version, check_key, check_prefix, check_range, check_size,
     no_such_object, short_object,
 };
 use crate::checksum::sha256_hex;
+use crate::disk::buf::ALIGN;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const LOCK_FOLDER: &str = ".vb-locks";
 const TEMPORARY: &str = ".vb-tmp-";
 /// How old a temporary file must be before it counts as left behind.
 const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// Aligned bodies from this size on are written past the page cache.
+const DIRECT_BYTES: usize = 256 << 10;
+/// Bodies of that size written at once: more only wait in the disk's queue, where the log's writes wait behind them.
+const LARGE_WRITES: usize = 2;
+/// Each is written in pieces of this size, for the same reason.
+const PIECE: usize = 512 << 10;
 
 static TEMPORARIES: AtomicU64 = AtomicU64::new(0);
 
@@ -54,6 +63,8 @@ struct Inner {
     root: PathBuf,
     /// Folders that are known to be on stable storage, with all above them.
     synced: Mutex<HashSet<PathBuf>>,
+    /// Turns for large bodies.
+    large: Semaphore,
 }
 
 impl FileStore {
@@ -62,7 +73,11 @@ impl FileStore {
     /// # Errors
     /// `NotFound` when the folder is missing, `Usage` when it is something else, `Denied`, `Full`, `Io`.
     pub async fn open(root: &Path, create: bool) -> Result<Self> {
-        let store = Self(Arc::new(Inner { root: root.to_owned(), synced: Mutex::default() }));
+        let store = Self(Arc::new(Inner {
+            root: root.to_owned(),
+            synced: Mutex::default(),
+            large: Semaphore::new(LARGE_WRITES),
+        }));
         store
             .blocking(move |inner| {
                 let root = &inner.root;
@@ -113,6 +128,31 @@ fn create_folder(folder: &Path) -> Result<()> {
 
 fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|f| f.sync_all()).context(|| format!("syncing the folder {}", folder.display()))
+}
+
+/// Writes a chunk-sized, aligned body without a copy in the page cache, which would throw out what is read and cost as
+/// much as the write; anything else, and where the file system cannot do it, through the cache.
+fn write_past_the_cache(file: &mut File, body: &[u8]) -> io::Result<()> {
+    let aligned = body.len().is_multiple_of(ALIGN) && body.as_ptr().addr().is_multiple_of(ALIGN);
+    if body.len() < DIRECT_BYTES || !aligned || set_direct(file, true).is_err() {
+        return file.write_all(body);
+    }
+    match body.chunks(PIECE).try_for_each(|piece| file.write_all(piece)) {
+        // The file system takes the flag, but not this write: begun or not, it is made again from the start.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            set_direct(file, false)?;
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(body)
+        }
+        result => result,
+    }
+}
+
+fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
 }
 
 fn version_of(body: &[u8]) -> Version {
@@ -204,7 +244,7 @@ impl Inner {
         let temporary = folder.join(name);
         let mut file = self.in_folder(folder, || OpenOptions::new().write(true).create_new(true).open(&temporary))?;
         let temporary = Temporary { path: temporary, armed: true };
-        file.write_all(body)
+        write_past_the_cache(&mut file, body)
             .and_then(|()| file.sync_all())
             .context(|| format!("writing {} bytes for {}", body.len(), path.display()))?;
         Ok(temporary)
@@ -399,6 +439,8 @@ impl Store for FileStore {
 
     async fn put(&self, key: &str, body: Bytes) -> Result<()> {
         let key = key.to_owned();
+        // Closed never: the store holds it.
+        let _turn = if body.len() >= DIRECT_BYTES { self.0.large.acquire().await.ok() } else { None };
         self.blocking(move |s| s.put(&key, &body)).await
     }
 
@@ -450,6 +492,44 @@ mod tests {
         assert_eq!(s.list("", None).await.expect("list"), [ObjectMeta { key: "v/k".into(), size: 1 }]);
         assert!(fresh.exists() && !stale.exists());
         assert_eq!(s.get("v/.vb-tmp-1-1-a").await.expect_err("reserved").kind(), ErrorKind::Usage);
+    }
+
+    /// A body whose address is a multiple of [`ALIGN`], plus `off`.
+    fn body_of(len: usize, off: usize) -> Bytes {
+        let buf = crate::disk::IoBuf::zeroed(len + off).slice(off..len + off);
+        let bytes: Vec<u8> = (0..len).map(|i| (i / 7) as u8).collect();
+        buf.copy_in(0, &bytes);
+        Bytes::from_owner(buf)
+    }
+
+    #[tokio::test]
+    async fn large_bodies_read_back_however_they_lie() {
+        // In memory and on the disk, which differ in what they can do past the page cache.
+        for dir in [tempfile::tempdir_in("/dev/shm"), tempfile::tempdir()] {
+            let dir = dir.expect("tempdir");
+            let s = FileStore::open(dir.path(), true).await.expect("open");
+            for (len, off) in [(4 << 20, 0), (DIRECT_BYTES, 0), (PIECE + 4096, 0), (4 << 20, 512), ((1 << 20) + 512, 0)] {
+                let body = body_of(len, off);
+                s.put("v/k", body.clone()).await.expect("put");
+                assert_eq!(s.get("v/k").await.expect("get").0, body, "{len} bytes at an offset of {off}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_chunk_goes_past_the_page_cache_and_into_it_where_it_cannot() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("f");
+        let is_direct = |f: &File| {
+            OFlag::from_bits_retain(fcntl(f, FcntlArg::F_GETFL).expect("flags")).contains(OFlag::O_DIRECT)
+        };
+        for (off, direct) in [(0, true), (512, false)] {
+            let mut file = File::create(&path).expect("create");
+            let body = body_of(4 << 20, off);
+            write_past_the_cache(&mut file, &body).expect("written");
+            assert_eq!(is_direct(&file), direct, "an offset of {off}");
+            assert_eq!(fs::read(&path).expect("read"), body);
+        }
     }
 
     #[tokio::test]

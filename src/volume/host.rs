@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::select;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::{mpsc, oneshot};
 
 use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
@@ -28,6 +29,9 @@ use crate::wal::log::Geometry;
 
 /// Reads of chunks under way at once.
 const MAX_READS: usize = 64;
+/// A tenth of a lane's weight where both want the same processor, all of it where nobody else does. Not less: a log
+/// that fills up slows writers down, which must give the uploads room again.
+const BACKGROUND_NICE: i32 = 10;
 
 /// How to attach a volume.
 #[derive(Debug, Clone)]
@@ -71,6 +75,7 @@ impl Host {
         let (told, answer) = oneshot::channel();
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
+            step_back();
             tokio_uring::start(async move {
                 match open_and_attach(&opts).await {
                     Ok(Attached { volume, background, reads, reader }) => {
@@ -158,6 +163,15 @@ impl Host {
 
 fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.to_owned()).spawn(f).context(|| format!("starting thread {name}"))
+}
+
+/// Lets the calling thread, and those it starts, have less of a busy processor than the lanes, which wait for microseconds
+/// where packing takes milliseconds. Best effort; never raises a thread that is lower already.
+fn step_back() {
+    let lower = getpriority_process(None).and_then(|nice| setpriority_process(None, nice.max(BACKGROUND_NICE)));
+    if let Err(e) = lower {
+        tracing::debug!("lowering a background thread: {e}");
+    }
 }
 
 async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: ChunkReader) {
@@ -306,4 +320,23 @@ fn check_device(file: &DataFile) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_background_steps_back_and_its_threads_with_it() {
+        let nice = || getpriority_process(None).expect("a thread's niceness");
+        let here = nice();
+        let there = std::thread::spawn(move || {
+            step_back();
+            let below = std::thread::spawn(nice).join().expect("joined");
+            (nice(), below)
+        });
+        let lower = here.max(BACKGROUND_NICE);
+        assert_eq!(there.join().expect("joined"), (lower, lower));
+        assert_eq!(nice(), here, "nobody else");
+    }
 }

@@ -23,7 +23,14 @@ const GROUPS_IN_LOG: u64 = 16;
 const GROUP_ENTRIES: usize = 32 << 10;
 /// A smaller group is cut when its first entry is this old and no upload is outstanding.
 const GROUP_AGE: Duration = Duration::from_secs(5);
-const MAX_GROUPS: usize = 2;
+/// One that is built, and two on their way: so that the uploads do not wait for the next group.
+const MAX_GROUPS: usize = 3;
+/// Reads of the log at once while it has room for all that comes: writers wait behind each.
+const CALM_LOG_READS: usize = 2;
+/// The same once it fills up, when writers wait for the uploads instead.
+const URGENT_LOG_READS: usize = 8;
+/// From this share of the log on it is urgent, as [`super::super::throttle`] has it.
+const URGENT: f64 = 0.5;
 const MAX_UPLOADS: usize = 16;
 /// Share of the newest group in the uploads' pace.
 const PACE_WEIGHT: f64 = 0.3;
@@ -51,7 +58,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let wanted = self.detach.is_some() || !self.drains.is_empty();
         let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;
         let idle = self.groups.is_empty();
-        if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > 0.5)) {
+        if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > URGENT)) {
             return;
         }
         let most = if fill > 0.75 { 2 * usual } else { usual };
@@ -73,22 +80,25 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             bytes: entries.iter().map(LogEntry::stored_bytes).sum(),
             since: now.saturating_sub(age),
             cut_at: now,
+            built_at: now,
             chunks: None,
             left: 0,
         });
         self.cut = ticket.through;
         self.next_group = ticket.group.next();
         self.uncut_since = None;
-        self.build(ticket, entries);
+        self.build(ticket, entries, if fill > URGENT { URGENT_LOG_READS } else { CALM_LOG_READS });
     }
 
-    fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>) {
+    fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, log_reads: usize) {
         let pending: Vec<Rc<Vec<BuiltChunk>>> = self.groups.iter().filter_map(|g| g.chunks.clone()).collect();
         let (volume, disk, reader, timer) =
             (self.volume.clone(), self.disk.clone(), self.reader.clone(), self.timer.clone());
+        let bodies = self.bodies.clone();
         self.spawn(async move {
             let mut backoff = Backoff::new();
-            let sources = Sources { log: &volume.log, disk: &disk, maps: &volume.maps, reader: &reader, pending };
+            let (log, maps) = (&volume.log, &volume.maps);
+            let sources = Sources { log, disk: &disk, maps, reader: &reader, bodies: &bodies, log_reads, pending };
             loop {
                 if volume.is_gone() {
                     return Event::Built { group: ticket.group, chunks: None };
@@ -107,6 +117,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some(group) = self.groups.iter_mut().find(|g| g.number == number) else { return };
         self.next_chunk = ChunkNo(self.next_chunk.0 + chunks.len() as u64);
         group.left = chunks.len();
+        group.built_at = self.timer.now();
         self.uploads.extend(chunks.iter().map(|c| (number, c.clone())));
         group.chunks = Some(Rc::new(chunks));
     }
@@ -140,7 +151,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     pub(super) fn retire_groups(&mut self, now: Duration) {
         while self.groups.front().is_some_and(|g| g.chunks.is_some() && g.left == 0) {
-            let Some(Group { number, through, bytes, cut_at, chunks, .. }) = self.groups.pop_front() else { return };
+            let Some(group) = self.groups.pop_front() else { return };
+            let Group { number, through, bytes, cut_at, built_at, chunks, .. } = group;
             let mut update = GroupUpdate { last: through, ..GroupUpdate::default() };
             for c in chunks.iter().flat_map(|c| c.iter()) {
                 update.extents.extend(map_extents(&c.header, 0));
@@ -152,6 +164,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.applied = number;
             self.applied_seq = through;
             self.note_pace(now, cut_at, bytes);
+            let (building, sending) = (built_at.saturating_sub(cut_at), now.saturating_sub(built_at));
+            tracing::debug!(group = number.0, bytes, ?building, ?sending, "a group is in the store");
+        }
+        if self.groups.is_empty() && self.volume.log.passed_seq() == self.applied_seq {
+            self.bodies.clear();
         }
     }
 

@@ -5,7 +5,7 @@
 //! needs a lock, and nothing is cancelled half way.
 //!
 //! Invariants:
-//! - Groups are cut, applied and retired strictly in order; at most two are in flight, one of them being built.
+//! - Groups are cut, applied and retired strictly in order; at most three are in flight, one of them being built.
 //! - A group is applied (base, then overlay, per leaf in one step) when all its chunks are in the store; the
 //!   superblock's packed mark follows, durably, and only then is the log's room free.
 //! - One task at a time owns the manifest, and one the superblock.
@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::recover::StoreEnd;
 use super::{Command, Volume};
+use crate::chunk::bodies::Bodies;
 use crate::chunk::pack::BuiltChunk;
 use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
@@ -84,6 +85,8 @@ struct Group {
     since: Duration,
     /// When it was cut.
     cut_at: Duration,
+    /// When its chunks were ready to go.
+    built_at: Duration,
     chunks: Option<Rc<Vec<BuiltChunk>>>,
     /// Chunks not yet in the store.
     left: usize,
@@ -107,6 +110,7 @@ pub struct Background<D: Disk, T: Timer> {
     groups: VecDeque<Group>,
     uploads: VecDeque<(GroupNo, BuiltChunk)>,
     uploading: usize,
+    bodies: Bodies,
     /// The last entry that some group holds.
     cut: Seq,
     uncut_since: Option<Duration>,
@@ -179,6 +183,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             groups: VecDeque::new(),
             uploads: VecDeque::new(),
             uploading: 0,
+            bodies: Bodies::default(),
             cut: end.through,
             uncut_since: None,
             next_group: end.group.next(),
