@@ -233,3 +233,41 @@ fn the_file_says_it_too() {
     assert_eq!(server.end().0, Some(0));
     assert!(begun.elapsed() < Duration::from_secs(20));
 }
+
+#[test]
+fn signals_in_a_pair_are_one_wish_and_a_later_one_ends_the_wait() {
+    let b = Bench::new();
+    let socket = b.path("nbd.sock");
+    let args = ["--unix", &socket, "--create-size", "64M", "--linger", "3600"];
+    let mut server = Running::of(&mut b.nbd(&args));
+    assert!(server.line().starts_with("nbd+unix:"));
+    let qemu_io = |pattern: &str| {
+        let uri = format!("nbd+unix:///v?socket={socket}");
+        let out = Command::new("qemu-io").args(["-f", "raw", "-c", pattern, &uri]).output().expect("qemu-io");
+        assert!(out.status.success(), "{out:?}");
+    };
+    qemu_io("write -P 7 0 1M");
+    // Now there is nowhere to upload to: the server would wait for ever.
+    let (store, away) = (b.path("data/store"), b.path("away"));
+    std::fs::rename(&store, &away).expect("rename");
+    std::fs::write(&store, "").expect("write");
+    qemu_io("write -P 8 0 1M");
+    server.signal(Signal::SIGTERM);
+    server.signal(Signal::SIGINT);
+    // Longer than the pair may take. Nothing is ever sent.
+    let (_quiet, wait) = std::sync::mpsc::channel::<()>();
+    let _ = wait.recv_timeout(Duration::from_millis(1500));
+    assert!(server.child.try_wait().expect("wait").is_none(), "a pair of signals is no haste");
+    server.signal(Signal::SIGTERM);
+    let (code, said) = server.end();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("taken for the same wish") && said.contains("(of: v)"), "{said}");
+    // What was acknowledged is in the log.
+    std::fs::remove_file(&store).expect("remove");
+    std::fs::rename(&away, &store).expect("rename");
+    let mut server = Running::of(&mut b.nbd(&args));
+    assert!(server.line().starts_with("nbd+unix:"));
+    qemu_io("read -P 8 0 1M");
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+}
