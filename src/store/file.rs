@@ -508,7 +508,8 @@ mod tests {
         for dir in [tempfile::tempdir_in("/dev/shm"), tempfile::tempdir()] {
             let dir = dir.expect("tempdir");
             let s = FileStore::open(dir.path(), true).await.expect("open");
-            for (len, off) in [(4 << 20, 0), (DIRECT_BYTES, 0), (PIECE + 4096, 0), (4 << 20, 512), ((1 << 20) + 512, 0)] {
+            for (len, off) in [(4 << 20, 0), (DIRECT_BYTES, 0), (PIECE + 4096, 0), (4 << 20, 512), ((1 << 20) + 512, 0)]
+            {
                 let body = body_of(len, off);
                 s.put("v/k", body.clone()).await.expect("put");
                 assert_eq!(s.get("v/k").await.expect("get").0, body, "{len} bytes at an offset of {off}");
@@ -520,9 +521,8 @@ mod tests {
     fn a_chunk_goes_past_the_page_cache_and_into_it_where_it_cannot() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("f");
-        let is_direct = |f: &File| {
-            OFlag::from_bits_retain(fcntl(f, FcntlArg::F_GETFL).expect("flags")).contains(OFlag::O_DIRECT)
-        };
+        let is_direct =
+            |f: &File| OFlag::from_bits_retain(fcntl(f, FcntlArg::F_GETFL).expect("flags")).contains(OFlag::O_DIRECT);
         for (off, direct) in [(0, true), (512, false)] {
             let mut file = File::create(&path).expect("create");
             let body = body_of(4 << 20, off);
