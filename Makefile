@@ -5,7 +5,8 @@
 #   make test    everything (what CI runs)
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
-#   make soak    the long forms of the NBD tests
+#   make soak    the long forms of the NBD tests, and many seeds of the simulation
+#   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
 #   make bench   benchmarks
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup setup-% build test unit e2e soak fuzz demo bench lint fmt deny clean
+.PHONY: setup setup-% build test unit e2e soak mutants fuzz demo bench lint fmt deny clean
 
 CARGO ?= cargo
 KERNEL ?=
@@ -44,6 +45,10 @@ e2e: build
 
 soak: setup-build setup-test
 	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop
+	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
+
+mutants: setup-build
+	scripts/mutants
 
 fuzz: setup-build setup-fuzz
 	cd fuzz && for t in $(FUZZ_TARGETS); do \

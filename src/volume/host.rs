@@ -12,7 +12,7 @@ use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::{mpsc, oneshot};
 
 use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
-use super::background::logcare::keep_log;
+pub use super::background::logcare::keep_log;
 use super::{Command, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
@@ -174,7 +174,8 @@ fn step_back() {
     }
 }
 
-async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: ChunkReader) {
+/// Serves lanes' reads of chunks, until there are no lanes.
+pub async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: ChunkReader) {
     let mut running = FuturesUnordered::new();
     loop {
         tokio::select! {

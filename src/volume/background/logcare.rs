@@ -86,7 +86,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 /// Syncs what no flush has synced in time, and sees to it that a durable mark reaches the log even if nobody writes.
 /// Runs on a thread that never computes for long: while an empty record is under way, the lanes' records behind it
 /// cannot pass the frontier, and whoever waits for a sync waits for this one. Ends when the volume is gone.
-pub(in crate::volume) async fn keep_log<D: Disk, T: Timer>(volume: Arc<Volume>, disk: D, timer: T) {
+pub async fn keep_log<D: Disk, T: Timer>(volume: Arc<Volume>, disk: D, timer: T) {
     let log = &volume.log;
     let mut unsynced_since = None;
     let mut news_since = None;

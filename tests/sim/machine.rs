@@ -111,12 +111,8 @@ impl SimDisk {
         Pending { disk: self.clone(), id }
     }
 
-    fn under_way(&self) -> Vec<u64> {
-        self.0.borrow().ops.iter().filter(|(_, o)| o.what.is_some()).map(|(id, _)| *id).collect()
-    }
-
     /// Ends one operation. Says whether it counts (a tick does not).
-    fn end(&self, id: u64, rng: &mut Rng) -> bool {
+    fn end_one(&self, id: u64, rng: &mut Rng) -> bool {
         let mut guard = self.0.borrow_mut();
         let s = &mut *guard;
         let op = s.ops.get_mut(&id).expect("an operation under way");
@@ -259,6 +255,26 @@ impl Disk for SimDisk {
     }
 }
 
+/// Where operations are under way, which end one at a time, when the run says so.
+pub(crate) trait Source {
+    fn under_way(&self) -> Vec<u64>;
+    /// Ends one; says whether that is a crash point.
+    fn end(&self, id: u64, rng: &mut Rng) -> bool;
+    /// Used when nothing else is under way, and seldom otherwise: so goes time.
+    fn is_patient(&self) -> bool {
+        false
+    }
+}
+
+impl Source for SimDisk {
+    fn under_way(&self) -> Vec<u64> {
+        self.0.borrow().ops.iter().filter(|(_, o)| o.what.is_some()).map(|(id, _)| *id).collect()
+    }
+    fn end(&self, id: u64, rng: &mut Rng) -> bool {
+        self.end_one(id, rng)
+    }
+}
+
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Called when every task waits.
@@ -295,6 +311,17 @@ impl Wake for Wakeup {
 /// Runs `root` and what it spawns until it ends (`Some`), or until `crash_at` operations have ended (`None`).
 pub(crate) fn run<T: 'static>(
     disk: &SimDisk,
+    spawner: &Spawner,
+    rng: &mut Rng,
+    crash_at: u64,
+    root: impl Future<Output = T> + 'static,
+) -> Option<T> {
+    run_all(&[disk], spawner, rng, crash_at, root)
+}
+
+/// The same with more than a disk.
+pub(crate) fn run_all<T: 'static>(
+    sources: &[&dyn Source],
     spawner: &Spawner,
     rng: &mut Rng,
     crash_at: u64,
@@ -341,12 +368,23 @@ pub(crate) fn run<T: 'static>(
                 continue;
             }
         }
-        let flying = disk.under_way();
+        let list = |patient: bool| -> Vec<(usize, u64)> {
+            let of = |(at, s): (usize, &&dyn Source)| s.under_way().into_iter().map(move |id| (at, id));
+            sources.iter().enumerate().filter(|(_, s)| s.is_patient() == patient).flat_map(of).collect()
+        };
+        let mut flying = list(false);
+        if flying.is_empty() || sources.len() > 1 && rng.below(16) == 0 {
+            let patient = list(true);
+            if !patient.is_empty() {
+                flying = patient;
+            }
+        }
         if flying.is_empty() {
             assert!(!waiting.is_empty(), "nothing is ready and nothing is under way: a wake-up was lost");
             continue;
         }
-        if disk.end(flying[rng.below(flying.len() as u64) as usize], rng) {
+        let (at, id) = flying[rng.below(flying.len() as u64) as usize];
+        if sources[at].end(id, rng) {
             ended += 1;
             if ended == crash_at {
                 return None;

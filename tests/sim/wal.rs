@@ -5,18 +5,15 @@
 //! was asked for survives a power cut; what is there is always a prefix of an order in which an entry comes after all that
 //! had completed before it was issued.
 
-mod sim_support;
-mod support_rng;
-
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
+use crate::machine::{Crash, SimDisk, Spawner, run};
+use crate::support_rng::Rng;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
-use sim_support::{Crash, SimDisk, Spawner, run};
-use support_rng::Rng;
 use uuid::Uuid;
 use vb_ublk::checksum::block_crc;
 use vb_ublk::disk::{Disk, IoBuf};

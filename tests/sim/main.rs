@@ -1,0 +1,108 @@
+//! The whole volume on a disk that forgets, a store that answers late or twice, and a clock of its own: crashes at any
+//! operation, also while recovering, against the crash rule. Same seed, same run.
+//!
+//! `VB_SIM_SEEDS=FROM..TO cargo test --test sim` runs others; `make soak` runs many.
+
+#[path = "../support_rng/mod.rs"]
+mod support_rng;
+
+mod clock;
+mod machine;
+mod oracle;
+mod store;
+mod wal;
+mod world;
+
+use machine::Crash;
+use world::{Load, World};
+
+/// The seeds of this run.
+fn seeds(short: u64) -> std::ops::Range<u64> {
+    let Ok(asked) = std::env::var("VB_SIM_SEEDS") else { return 0..short };
+    let (from, to) = asked.split_once("..").expect("VB_SIM_SEEDS is FROM..TO");
+    from.parse().expect("a number")..to.parse().expect("a number")
+}
+
+/// Lives one after the other, each cut short somewhere; then the store alone.
+fn many_lives(seed: u64, world: &World) {
+    let load = Load { lanes: 1 + seed as usize % 2, workers: 1 + seed as usize % 5, requests: 30 };
+    // Some die again and again while they attach.
+    let span = if seed.is_multiple_of(4) { 40 } else { 600 };
+    for _ in 0..4 {
+        let at = 1 + world.draw(span);
+        world.life(load, at);
+        let how = if world.draw(2) == 0 { Crash::Process } else { Crash::Power };
+        world.crash(how);
+    }
+    world.life(Load { requests: 4, ..load }, u64::MAX);
+    world.crash(Crash::Power);
+    world.life(Load { requests: 0, ..load }, u64::MAX);
+    world.lose_host();
+    world.life(Load { requests: 0, ..load }, u64::MAX);
+}
+
+#[test]
+fn many_lives_keep_the_crash_rule() {
+    let mut all = world::Seen::default();
+    for seed in seeds(1000) {
+        let world = World::new(seed);
+        many_lives(seed, &world);
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        let enough = all.judged > 4000 && all.taken > 500 && all.late > 50 && all.drained > 100 && all.groups > 1000;
+        assert!(enough && all.again > 0, "{all:?}");
+    }
+}
+
+#[test]
+fn a_crash_at_every_operation() {
+    for how in [Crash::Process, Crash::Power] {
+        for at in 1..400 {
+            let world = World::new(1);
+            let load = Load { lanes: 1, workers: 2, requests: 10 };
+            world.life(load, at);
+            world.crash(how);
+            // Once more while recovering.
+            world.life(load, 1 + at / 8);
+            world.crash(how);
+            world.life(Load { requests: 0, ..load }, u64::MAX);
+            world.lose_host();
+            world.life(Load { requests: 0, ..load }, u64::MAX);
+        }
+    }
+}
+
+/// A host that has lost the volume changes nothing any more, however late it finds out, and finds out.
+#[test]
+fn a_fenced_host_never_shows() {
+    let mut all = world::Seen::default();
+    for seed in seeds(300) {
+        let world = World::new(seed);
+        let load = Load { lanes: 1 + seed as usize % 2, workers: 1 + seed as usize % 3, requests: 40 };
+        world.life(load, 1 + world.draw(600));
+        world.crash(Crash::Process);
+        for _ in 0..2 {
+            world.life_with_take_over(load, 200 + world.draw(1500));
+            world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
+        }
+        world.life(Load { requests: 4, ..load }, u64::MAX);
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        assert!(all.judged > 1500 && all.stopped > 500 && all.late > 50 && all.groups > 1000, "{all:?}");
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_run() {
+    let run = |seed| {
+        let world = World::new(seed);
+        many_lives(seed, &world);
+        world.trace()
+    };
+    assert_eq!(run(7), run(7));
+    assert_ne!(run(7), run(8));
+}

@@ -1,0 +1,205 @@
+//! The crash rule: which pasts of a volume may be found again.
+//!
+//! Writes in flight at the same time do not overlap here, so each sector has one order of its writes. There has to be a
+//! set of writes that is closed under "completed before the other was issued", holds all that must be there, and
+//! explains what every sector has. The smallest such set is looked for: it grows only where it must, so if it grows
+//! past what a sector shows, there is none.
+
+use std::collections::BTreeSet;
+
+/// A write, a discard or a zeroing.
+#[derive(Clone, Debug)]
+pub(crate) struct Write {
+    /// It leaves zeros.
+    pub(crate) hole: bool,
+    pub(crate) issued: u64,
+    pub(crate) acked: Option<u64>,
+    /// A flush that was asked for later has ended, or it was FUA.
+    pub(crate) durable: bool,
+    /// Everything up to it has been brought to the store, on demand.
+    pub(crate) drained: bool,
+    /// It was not there after a crash, or when another host had taken over: no rule speaks of it any more.
+    lost: bool,
+}
+
+/// Whose word has to be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum After {
+    /// The process has died.
+    Process,
+    /// The power was cut.
+    Power,
+    /// All but the store is gone.
+    Store,
+}
+
+/// All writes that are not known to be lost. A write's stamp is its number + 1; 0 are zeros.
+#[derive(Default)]
+pub(crate) struct Oracle {
+    pub(crate) writes: Vec<Write>,
+    /// For each sector, the writes to it, in order.
+    sectors: Vec<Vec<usize>>,
+    clock: u64,
+    /// How many completed writes crashes have taken, as they may.
+    pub(crate) taken: u64,
+}
+
+impl Oracle {
+    pub(crate) fn new(sectors: usize) -> Self {
+        Self { sectors: vec![Vec::new(); sectors], ..Self::default() }
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    pub(crate) fn issue(&mut self, lba: u64, sectors: u64, hole: bool) -> usize {
+        let (id, issued) = (self.writes.len(), self.tick());
+        self.writes.push(Write { hole, issued, acked: None, durable: false, drained: false, lost: false });
+        (lba..lba + sectors).for_each(|s| self.sectors[s as usize].push(id));
+        id
+    }
+
+    pub(crate) fn complete(&mut self, id: usize, fua: bool) {
+        let now = self.tick();
+        if self.writes[id].lost {
+            return;
+        }
+        self.writes[id].acked = Some(now);
+        self.writes[id].durable |= fua;
+    }
+
+    /// The completed writes.
+    pub(crate) fn completed(&self) -> Vec<usize> {
+        (0..self.writes.len()).filter(|id| self.writes[*id].acked.is_some()).collect()
+    }
+
+    /// Those of `ids` that are not lost.
+    pub(crate) fn mark(&mut self, ids: &[usize], how: impl Fn(&mut Write)) {
+        for id in ids {
+            let w = &mut self.writes[*id];
+            if !w.lost {
+                how(w);
+            }
+        }
+    }
+
+    fn stamp(&self, id: usize) -> u64 {
+        if self.writes[id].hole { 0 } else { id as u64 + 1 }
+    }
+
+    /// What a sector has while nothing that is in flight touches it.
+    pub(crate) fn expected(&self, sector: u64) -> u64 {
+        self.sectors[sector as usize].last().map_or(0, |id| self.stamp(*id))
+    }
+
+    /// Judges what is found after a crash, and forgets what is lost: that must not come back.
+    pub(crate) fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
+        let must = |w: &Write| match after {
+            After::Process => w.acked.is_some(),
+            After::Power => w.durable,
+            After::Store => w.drained,
+        };
+        let mut set = BTreeSet::new();
+        let mut todo: Vec<usize> = (0..self.writes.len()).filter(|id| must(&self.writes[*id])).collect();
+        loop {
+            while let Some(id) = todo.pop() {
+                if set.insert(id) {
+                    let issued = self.writes[id].issued;
+                    let earlier = |w: &Write| w.acked.is_some_and(|a| a < issued);
+                    // Those lost before are in no sector's history and explain nothing.
+                    todo.extend((0..id).filter(|e| earlier(&self.writes[*e]) && !set.contains(e)));
+                }
+            }
+            for (s, history) in self.sectors.iter().enumerate() {
+                let has = history.iter().rposition(|id| set.contains(id)).map_or(0, |p| p + 1);
+                let shows = |n: usize| if n == 0 { 0 } else { self.stamp(history[n - 1]) };
+                let Some(n) = (has..=history.len()).find(|n| shows(*n) == found[s]) else {
+                    let want: Vec<u64> = (has..=history.len()).map(shows).collect();
+                    return Err(format!("sector {s} has stamp {} after {after:?}, where {want:?} could be", found[s]));
+                };
+                if n > has {
+                    todo.push(history[n - 1]);
+                }
+            }
+            if todo.is_empty() {
+                break;
+            }
+        }
+        self.taken +=
+            self.writes.iter().enumerate().filter(|(id, w)| w.acked.is_some() && !set.contains(id)).count() as u64;
+        for history in &mut self.sectors {
+            history.retain(|id| set.contains(id));
+        }
+        // What was found has been read from a log that was synced, or from the store.
+        let now = self.tick();
+        for (id, w) in self.writes.iter_mut().enumerate() {
+            if set.contains(&id) {
+                w.acked.get_or_insert(now);
+                w.durable = true;
+                w.drained |= after == After::Store;
+            } else {
+                (w.acked, w.durable, w.drained, w.lost) = (None, false, false, true);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two sectors; 1 to the first, 2 to the second, 3 to both, each after the other.
+    fn three() -> Oracle {
+        let mut o = Oracle::new(2);
+        for (lba, n) in [(0, 1), (1, 1), (0, 2)] {
+            let id = o.issue(lba, n, false);
+            o.complete(id, false);
+        }
+        o
+    }
+
+    #[test]
+    fn prefixes_and_nothing_else() {
+        for found in [[0, 0], [1, 0], [1, 2], [3, 3]] {
+            three().judge(After::Power, &found).unwrap();
+        }
+        for found in [[0, 2], [3, 2], [1, 3], [2, 2], [3, 0]] {
+            three().judge(After::Power, &found).unwrap_err();
+        }
+        for found in [[0, 0], [1, 0], [1, 2]] {
+            three().judge(After::Process, &found).unwrap_err();
+        }
+        let mut o = three();
+        o.writes[1].durable = true;
+        o.judge(After::Power, &[1, 0]).unwrap_err();
+    }
+
+    #[test]
+    fn the_lost_stay_lost_and_the_found_stay_found() {
+        let mut o = three();
+        o.judge(After::Power, &[1, 2]).unwrap();
+        assert_eq!(o.taken, 1);
+        let id = o.issue(0, 1, true);
+        o.complete(id, false);
+        assert_eq!((o.expected(0), o.expected(1)), (0, 2));
+        o.judge(After::Power, &[3, 3]).unwrap_err();
+        o.judge(After::Power, &[1, 2]).unwrap();
+        o.judge(After::Power, &[0, 2]).unwrap_err();
+    }
+
+    #[test]
+    fn one_in_flight_may_be_there_or_not() {
+        for found in [[1, 2], [4, 2]] {
+            let mut o = Oracle::new(2);
+            for lba in [0, 1] {
+                let id = o.issue(lba, 1, false);
+                o.complete(id, true);
+            }
+            o.issue(0, 1, false);
+            o.judge(After::Process, &found.map(|s| if s == 4 { 3 } else { s })).unwrap();
+        }
+    }
+}
