@@ -1,6 +1,9 @@
 //! The volume over a real log file and a file store, without a frontend.
 
+#[path = "../support_rng/mod.rs"]
 mod support_rng;
+mod viperblock;
+#[path = "../volume_support/mod.rs"]
 mod volume_support;
 
 use std::cell::Cell;
