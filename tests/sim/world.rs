@@ -44,6 +44,8 @@ pub(crate) struct Load {
     pub(crate) workers: usize,
     /// Of each worker.
     pub(crate) requests: usize,
+    /// A write or a sync of the disk may fail.
+    pub(crate) breaks: bool,
 }
 
 /// What a run has met, to see that it did what it is for.
@@ -58,6 +60,8 @@ pub(crate) struct Seen {
     pub(crate) again: u64,
     /// Writes that a host which had lost the volume did not acknowledge.
     pub(crate) stopped: u64,
+    /// Disks that failed.
+    pub(crate) broken: u64,
 }
 
 impl Seen {
@@ -70,6 +74,7 @@ impl Seen {
             groups: self.groups + b.groups,
             again: self.again + b.again,
             stopped: self.stopped + b.stopped,
+            broken: self.broken + b.broken,
         }
     }
 }
@@ -90,6 +95,8 @@ struct Shared {
     next_range: Cell<u64>,
     /// The host whose requests count; none while another is taking the volume over.
     owner: Cell<Option<u32>>,
+    /// Whether the disk of the present life has failed: from then on writes and flushes may fail.
+    broken: Cell<bool>,
     seen: Cell<Seen>,
 }
 
@@ -216,9 +223,15 @@ impl Shared {
         }
     }
 
-    async fn work(&self, lane: &Lane, clock: &SimClock, volume: &Volume, requests: usize, me: u32) {
+    async fn work(&self, life: &Life, lane: &Lane, volume: &Volume) {
         use vb_ublk::time::Timer;
-        for _ in 0..requests {
+        let (me, clock) = (life.me, &life.clock);
+        for _ in 0..life.load.requests {
+            if life.load.breaks && self.below(60) == 0 {
+                self.broken.set(true);
+                self.saw(|s| s.broken += 1);
+                if self.below(2) == 0 { life.disk.fail_next_write() } else { life.disk.fail_next_sync() }
+            }
             if self.owner.get().is_some_and(|o| o != me) {
                 self.haunt(lane).await;
                 continue;
@@ -234,7 +247,8 @@ impl Shared {
                 _ => self.write(lane).await,
             };
             if let Err(e) = done {
-                assert!(self.owner.get() != Some(me), "nothing fails here, and this did: {e}");
+                let may = self.broken.get() || self.owner.get() != Some(me);
+                assert!(may, "nothing fails here, and this did: {e}");
             }
         }
     }
@@ -262,6 +276,7 @@ impl World {
             busy: RefCell::default(),
             next_range: Cell::new(0),
             owner: Cell::new(Some(0)),
+            broken: Cell::new(false),
             seen: Cell::default(),
         };
         Self {
@@ -294,6 +309,7 @@ impl World {
         let next = self.disk.borrow().crash(how, &mut self.shared.rng.borrow_mut());
         *self.disk.borrow_mut() = next;
         self.shared.busy.borrow_mut().clear();
+        self.shared.broken.set(false);
         self.shared.owner.set(Some(self.hosts.get()));
         let after = match (self.after.get(), how) {
             (Some(After::Store), _) => After::Store,
@@ -475,6 +491,6 @@ async fn live(life: Life) {
     }
     life.judged.set(true);
     let workers = (0..life.load.workers).flat_map(|_| &lanes);
-    join_all(workers.map(|lane| shared.work(lane, &life.clock, &volume, life.load.requests, life.me))).await;
+    join_all(workers.map(|lane| shared.work(&life, lane, &volume))).await;
     shared.saw(|s| s.groups += volume.status().background.groups);
 }
