@@ -2,13 +2,13 @@
 
 use super::args::{AddArgs, MAX_QUEUES};
 use super::claim::take;
-use super::daemonize::{Side, daemonize};
 use super::engine::{self, AttachOptions, CreateOptions, DeviceSpec};
 use super::output::print;
 use super::place::{DEFAULT_WAL, absolute, not_on_ublk, wal_device, wal_file};
+use super::recover;
 use super::serve::{self, Plan, Told};
 use super::settings::{LogPlace, Settings};
-use super::state::{RunDir, State};
+use super::state::{How, RunDir, State};
 use crate::config::ByteSize;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::StoreUrl;
@@ -18,27 +18,35 @@ const DEFAULT_DEPTH: u16 = 128;
 const MOST_DEFAULT_QUEUES: usize = 4;
 
 pub(super) fn run(settings: &Settings, args: &AddArgs) -> Result<()> {
-    let plan = plan(settings, args)?;
-    let Some(log) = plan.state.daemon_log.clone() else {
-        return serve::run(plan, &Told::terminal());
+    let left = if args.recover { left(settings, args)? } else { None };
+    let plan = match left {
+        Some(plan) => plan,
+        None => plan(settings, args)?,
     };
-    match daemonize(&log)? {
-        Side::Parent(device) => print(&format!("{device}\n")),
-        Side::Child(reporter) => {
-            let told = Told::parent(reporter);
-            let mut plan = plan;
-            plan.state.pid = std::process::id();
-            let code = match serve::run(plan, &told) {
-                Ok(()) => 0,
-                Err(e) => {
-                    tracing::error!("{e}");
-                    told.failed(&e);
-                    1
-                }
-            };
-            std::process::exit(code)
-        }
+    if args.foreground {
+        return serve::run(plan, &Told::terminal());
     }
+    print(&format!("{}\n", recover::serve_in_daemon(plan)?))
+}
+
+/// The device that a dead daemon left of the volume, to be taken up as it is.
+fn left(settings: &Settings, args: &AddArgs) -> Result<Option<Plan>> {
+    let run = RunDir::create(&settings.run_dir)?;
+    let Some(mut plan) = recover::plan(settings, &run, &args.volume)? else { return Ok(None) };
+    if let (Some(asked), Some(left)) = (args.number, plan.spec.id)
+        && asked != left
+    {
+        let what = format!(
+            "volume {} was served as /dev/ublkb{left} by a process that died, and -n {asked} asks for another device: leave it out, or \
+             remove that one with `vb-ublk del -n {left}`",
+            args.volume
+        );
+        return Err(Error::new(ErrorKind::Busy, what));
+    }
+    if args.foreground {
+        plan.state.daemon_log = None;
+    }
+    Ok(Some(plan))
 }
 
 /// The size of a volume to create.
@@ -110,23 +118,19 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         LogPlace::Dir(dir) => (wal_file(&absolute(dir)?, volume)?, wal_size.0),
     };
     let daemon_log = (!args.foreground).then(|| run.log_path(volume));
-    Ok(Plan {
-        attach: AttachOptions {
-            store_url: settings.store.clone(),
-            store_options: settings.store_options.clone(),
-            volume: volume.to_string(),
-            log_path: log_path.clone(),
-            log_bytes,
-            force: args.force,
-            read_only: args.read_only,
-        },
-        create,
-        spec,
-        state: State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log),
-        strict: args.strict || defaults.strict,
-        run,
-        held,
-    })
+    let attach = AttachOptions {
+        store_url: settings.store.clone(),
+        store_options: settings.store_options.clone(),
+        volume: volume.to_string(),
+        log_path: log_path.clone(),
+        log_bytes,
+        force: args.force,
+        read_only: args.read_only,
+    };
+    let strict = args.strict || defaults.strict;
+    let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);
+    state.how = Some(How::of(&attach, strict));
+    Ok(Plan { attach, create, spec, state, strict, run, held })
 }
 
 fn default_queues() -> u16 {

@@ -76,6 +76,10 @@ pub(crate) enum Command {
     Nbd(Box<NbdArgs>),
     /// Detach: stop the device, upload what is left, release the volume
     Del(DelArgs),
+    /// Take up the devices of daemons that died: what is mounted on them goes on
+    Recover(WhichArgs),
+    /// Let this program take over the devices of running daemons, with a pause instead of an error
+    Upgrade(WhichArgs),
     /// The volumes attached on this host
     List(JsonArg),
     /// All there is to know about the attached volumes
@@ -148,6 +152,10 @@ pub(crate) struct AddArgs {
     /// Take the volume over from another host, which can then write it no more
     #[arg(long)]
     pub(crate) force: bool,
+    /// If a daemon of this volume has died and left its device, take that up as it is: of the other options those of the store
+    /// go before what the dead one had, and --foreground counts
+    #[arg(long)]
+    pub(crate) recover: bool,
     /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
     /// VB_UBLK_STRICT]
     #[arg(long)]
@@ -235,6 +243,21 @@ impl TlsMode {
             _ => Err("`required` or `allowed` is possible".to_owned()),
         }
     }
+}
+
+/// Which devices.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("which").required(true).args(["number", "volume", "all"]))]
+pub(crate) struct WhichArgs {
+    /// The device's number
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) number: Option<u32>,
+    /// The volume
+    #[arg(long)]
+    pub(crate) volume: Option<VolumeName>,
+    /// All of this host
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, Args)]

@@ -37,8 +37,8 @@ pub(super) fn take(run: &RunDir, volume: &VolumeName) -> Result<Held> {
         && let Some(n) = serve::device_left_by(&state)?
     {
         let what = format!(
-            "volume {volume} was served as /dev/ublkb{n} by process {}, which died, and the device is still there: remove it with \
-             `vb-ublk del -n {n}`, then attach again; the log {} keeps what was written",
+            "volume {volume} was served as /dev/ublkb{n} by process {}, which died, and the device is still there: `vb-ublk recover -n {n}` \
+             takes it up again (`vb-ublk del -n {n}` removes it); the log {} keeps what was written",
             state.pid,
             state.wal.display()
         );

@@ -35,10 +35,7 @@ pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
         let found = all.into_iter().filter_map(|(_, s)| s.ok()).find(|s| s.device == Some(n));
         return match found {
             Some(state) => one(run, &state, args.force, timeout),
-            None => Err(Error::new(
-                ErrorKind::NotFound,
-                format!("/dev/ublkb{n} serves no volume of vb-ublk: `vb-ublk list` shows those that do"),
-            )),
+            None => orphan(n, args.force),
         };
     }
     // All: one that fails keeps none of the others.
@@ -54,6 +51,21 @@ pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
     }
     let what = format!("not detached: {}; the reasons are above", failed.join(", "));
     Err(Error::new(ErrorKind::Busy, what))
+}
+
+/// Removes a device that nobody serves and nobody knows.
+fn orphan(n: u32, force: bool) -> Result<()> {
+    if !engine::orphans(&[])?.iter().any(|d| d.id == n) {
+        let what = format!("/dev/ublkb{n} serves no volume of vb-ublk: `vb-ublk list` shows those that do");
+        return Err(Error::new(ErrorKind::NotFound, what));
+    }
+    if !force {
+        let what = format!(
+            "/dev/ublkb{n} has lost its server, and nothing says what it served: --force removes it, and what waits in it fails"
+        );
+        return Err(Error::new(ErrorKind::Busy, what));
+    }
+    engine::delete_dead(n)
 }
 
 fn one(run: &RunDir, state: &State, force: bool, timeout: Option<Duration>) -> Result<()> {

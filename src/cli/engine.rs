@@ -18,7 +18,7 @@ use crate::volume::lane::VolumeLane;
 use crate::volume::{Volume, admin};
 use crate::wal;
 
-pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, StopHandle, device_path};
+pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::host::AttachOptions;
 pub(super) use crate::wal::create::MAX_LOG_BYTES;
@@ -192,6 +192,22 @@ pub(super) fn device(id: u32) -> Result<Option<ublk::DeviceStatus>> {
         return Ok(None);
     }
     ublk::device_info(id)
+}
+
+/// The devices without a living server, of this program or another, that are not among `known`.
+pub(super) fn orphans(known: &[u32]) -> Result<Vec<ublk::DeviceStatus>> {
+    // Without a driver there are none.
+    if !Path::new("/dev/ublk-control").exists() {
+        return Ok(Vec::new());
+    }
+    let mut devices = ublk::list_devices()?;
+    devices.retain(|d| !known.contains(&d.id) && (d.state != DeviceState::Live || !ublk::is_alive(d.pid)));
+    Ok(devices)
+}
+
+/// Whether a process runs.
+pub(super) fn is_alive(pid: u32) -> bool {
+    ublk::is_alive(pid.cast_signed())
 }
 
 /// Whether a log may have this size.

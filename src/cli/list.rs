@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::control;
+use super::engine;
 use super::output::{duration, fields, print, print_json, table};
 use super::state::{RunDir, State};
 use crate::config::VolumeName;
@@ -49,14 +50,26 @@ fn look(run: &RunDir, state: &State) -> Result<Value> {
     Ok(v)
 }
 
-/// Everything attached on this host. What cannot be read is in the list, too.
+/// Everything attached on this host. What cannot be read is in the list, too, and what dead programs have left in the kernel.
 fn everything(run: &RunDir) -> Result<Vec<Value>> {
     let mut all = Vec::new();
+    let mut known = Vec::new();
     for (volume, state) in run.all()? {
+        known.extend(state.as_ref().ok().and_then(|s| s.device));
         let seen = state.and_then(|s| look(run, &s));
         all.push(seen.unwrap_or_else(|e| json!({ "volume": volume, "state": "unknown", "failure": e.to_string() })));
     }
+    // Asking takes rights that listing does not.
+    match engine::orphans(&known) {
+        Ok(devices) => all.extend(devices.iter().map(orphan)),
+        Err(e) => tracing::debug!("looking for devices without a server: {e}"),
+    }
     Ok(all)
+}
+
+/// A device without a server and without a state: of another program, or the run folder was wiped.
+fn orphan(d: &engine::DeviceStatus) -> Value {
+    json!({ "volume": null, "device": engine::device_path(d.id), "state": "orphaned", "failure": null })
 }
 
 fn bytes(v: &Value, pointer: &str) -> Option<u64> {
@@ -97,11 +110,19 @@ pub(super) fn list(run: &RunDir, as_json: bool) -> Result<()> {
 
 /// What to do about a volume that needs something done.
 fn note(v: &Value) -> Option<String> {
+    if v["state"] == "orphaned" {
+        let device = v["device"].as_str()?;
+        let number = device.trim_start_matches(|c: char| !c.is_ascii_digit());
+        return Some(format!(
+            "{device}: its server, of this program or another, has died, and nothing says what it served; `vb-ublk del -n {number} --force` removes it\n"
+        ));
+    }
     let volume = v["volume"].as_str()?;
     let failure = v["failure"].as_str().map(super::output::one_line);
     match (v["state"].as_str()?, failure) {
         ("dead", _) => Some(format!(
-            "{volume}: its daemon has died; `vb-ublk del --volume {volume}` clears up, and the next attach on this host takes up its log\n"
+            "{volume}: its daemon has died; `vb-ublk recover --volume {volume}` serves its device again; `vb-ublk del --volume {volume}` clears \
+             up, and the next attach on this host takes up its log\n"
         )),
         (_, None) => {
             let trouble = v.pointer("/engine/background/store_trouble")?.as_str()?;
@@ -167,6 +188,8 @@ mod tests {
         assert_eq!(note(&look(&run, &state).expect("look")).as_deref(), Some("v: no store\n"));
         let held = run.lock(&v).expect("lock").expect("free");
         assert_eq!(word(&state), "not answering");
+        let left = note(&json!({ "volume": null, "device": "/dev/ublkb12", "state": "orphaned" })).expect("a note");
+        assert!(left.contains("del -n 12 --force"), "{left}");
         drop(held);
         std::fs::write(dir.path().join("v.json"), "{").expect("write");
         assert_eq!(everything(&run).expect("all")[0]["state"], "unknown");

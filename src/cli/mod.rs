@@ -20,6 +20,7 @@ mod output;
 mod phase;
 mod place;
 mod protect;
+mod recover;
 mod serve;
 mod settings;
 mod shell;
@@ -37,6 +38,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::{ErrorKind, Result};
 use args::{Cli, Command, Global};
+use recover::Verb;
 use settings::Settings;
 use state::RunDir;
 
@@ -47,7 +49,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
     };
-    let serves = matches!(cli.command, Command::Add(_) | Command::Nbd(_));
+    let serves = matches!(cli.command, Command::Add(_) | Command::Nbd(_) | Command::Recover(_) | Command::Upgrade(_));
     start_logging(&cli.global, serves);
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,6 +74,8 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Add(args) => add::run(&settings, args),
         Command::Nbd(args) => nbd::run(&settings, args),
         Command::Del(args) => del::run(&run_dir, args),
+        Command::Recover(args) => recover::run(&settings, args, Verb::Recover),
+        Command::Upgrade(args) => recover::run(&settings, args, Verb::Upgrade),
         Command::List(json) => list::list(&run_dir, json.json),
         Command::Status(args) => list::status(&run_dir, args.volume.as_ref(), args.json.json),
         Command::Volume(command) => volume::run(&settings, command),

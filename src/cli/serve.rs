@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::control::{self, Daemon};
 use super::daemonize::Reporter;
-use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, DeviceState, StopHandle, View};
+use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, StopHandle, View};
 use super::notify::{Word, tell};
 use super::output::print;
 use super::phase::{Phase, describe};
@@ -83,14 +83,14 @@ impl Told {
 /// The device that a dead daemon left in the kernel, if it is still there and still its own.
 pub(super) fn device_left_by(state: &State) -> Result<Option<u32>> {
     let Some(n) = state.device else { return Ok(None) };
-    let left = engine::device(n)?.is_some_and(|d| is_left_by(d.state, d.pid, state.pid));
+    let left = engine::device(n)?.is_some_and(|d| is_left_by(d.pid, state.pid));
     Ok(left.then_some(n))
 }
 
 /// Whether a device of the number that process `dead` had is what that left. The kernel forgets the process when it
-/// has noticed its death; a device that another one serves since has a process.
-fn is_left_by(state: DeviceState, pid: i32, dead: u32) -> bool {
-    u32::try_from(pid) == Ok(dead) || (pid <= 0 && state != DeviceState::Live)
+/// has noticed its death, while the device still counts as live for a moment; one that another process serves since has that.
+fn is_left_by(pid: i32, dead: u32) -> bool {
+    pid <= 0 || u32::try_from(pid) == Ok(dead)
 }
 
 /// What the threads share.
@@ -178,6 +178,7 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
     protect::io_flusher(plan.strict)?;
     let Plan { attach, create, spec, state, strict, run, held } = plan;
     let (volume, daemon) = (state.volume.clone(), state.daemon_log.is_some());
+    let recovers = spec.recover;
     let listener = control::listen(&run.socket_path(&volume)?)?;
     let shared = Arc::new(Shared {
         phase: Mutex::new(Phase::Attaching),
@@ -207,6 +208,8 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
                 }
             })?;
         }
+        // The device is still there, and waits for the next try.
+        Err(_) if recovers => {}
         _ => shared.run.remove(&volume)?,
     }
     drop(held);
@@ -337,18 +340,8 @@ mod tests {
 
     #[test]
     fn a_dead_ones_device_is_known_before_and_after_the_kernel_notices() {
-        use DeviceState::{Dead, FailIo, Live, Quiesced};
-        for (state, pid, left) in [
-            (Live, 7, true),
-            (Quiesced, 7, true),
-            (Quiesced, -1, true),
-            (FailIo, -1, true),
-            (Dead, -1, true),
-            (Live, 8, false),
-            (Quiesced, 8, false),
-            (Live, -1, false),
-        ] {
-            assert_eq!(is_left_by(state, pid, 7), left, "{state} {pid}");
+        for (pid, left) in [(7, true), (-1, true), (0, true), (8, false)] {
+            assert_eq!(is_left_by(pid, 7), left, "{pid}");
         }
     }
 }

@@ -26,6 +26,19 @@ const MAX_STATE_BYTES: u64 = 64 << 10;
 /// The kernel takes paths of sockets of up to this many bytes.
 const MAX_SOCKET_PATH: usize = 107;
 
+/// How a volume was attached, for whoever takes its device up again. No secrets: those come from where they came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct How {
+    pub(crate) endpoint: Option<String>,
+    pub(crate) region: Option<String>,
+    pub(crate) profile: Option<String>,
+    pub(crate) ca_cert: Option<PathBuf>,
+    pub(crate) insecure: bool,
+    pub(crate) log_bytes: u64,
+    pub(crate) read_only: bool,
+    pub(crate) strict: bool,
+}
+
 /// One attached volume, as its daemon describes it to other processes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct State {
@@ -46,6 +59,9 @@ pub(crate) struct State {
     pub(crate) daemon_log: Option<PathBuf>,
     /// The last words of a daemon that failed.
     pub(crate) failure: Option<String>,
+    /// None when it is served over NBD, and from programs before there was a recovery.
+    #[serde(default)]
+    pub(crate) how: Option<How>,
 }
 
 impl State {
@@ -61,6 +77,7 @@ impl State {
             wal,
             daemon_log,
             failure: None,
+            how: None,
         }
     }
 

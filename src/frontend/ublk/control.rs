@@ -74,6 +74,13 @@ pub struct DeviceStatus {
 }
 
 impl DeviceStatus {
+    /// Whether another process can take it up when its server has died, with all that was in flight.
+    #[must_use]
+    pub fn is_recoverable(&self) -> bool {
+        let both = u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE);
+        self.flags & both == both
+    }
+
     /// From the driver's `ublksrv_ctrl_dev_info`.
     fn parse(b: &[u8; INFO_BYTES]) -> Self {
         let u16_at = |at: usize| u16::from_ne_bytes([b[at], b[at + 1]]);
@@ -225,7 +232,8 @@ impl Control {
 }
 
 /// Whether a process runs; one that nobody has waited for yet does not.
-pub(super) fn is_alive(pid: i32) -> bool {
+#[must_use]
+pub fn is_alive(pid: i32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     // "pid (name) state ...", where the name may hold anything.
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());

@@ -1,0 +1,301 @@
+//! `recover` and `upgrade`: a new process takes up the device of one that died, or of one that is ended for it.
+//!
+//! Invariants:
+//! - The volume's lock is held from before the dead one's state is believed until the new process has its own state there.
+//! - The log is replayed before the kernel hears that the recovery has ended: what was in flight is issued again then.
+//! - Whatever fails leaves device and state as they were: requests wait on, and the recovery can be tried again.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::args::WhichArgs;
+use super::daemonize::{Side, daemonize};
+use super::engine::{self, AttachOptions, DeviceSpec};
+use super::output::print;
+use super::serve::{self, Plan, Told};
+use super::settings::Settings;
+use super::state::{Held, How, RunDir, State};
+use super::{control, pause};
+use crate::config::VolumeName;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::StoreOptions;
+
+/// How long a killed process may take to let go of its lock.
+const DYING: Duration = Duration::from_secs(10);
+
+/// What the two commands do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verb {
+    /// Takes up what dead processes left.
+    Recover,
+    /// Ends living ones first.
+    Upgrade,
+}
+
+pub(super) fn run(settings: &Settings, args: &WhichArgs, verb: Verb) -> Result<()> {
+    let run = RunDir::create(&settings.run_dir)?;
+    let chosen = choose(&run, args, verb)?;
+    let mut failed = Vec::new();
+    for state in &chosen {
+        match one(settings, &run, state, verb) {
+            Ok(device) => print(&format!("{device}\n"))?,
+            Err(e) if chosen.len() == 1 => return Err(e),
+            // One that fails keeps none of the others.
+            Err(e) => {
+                super::complain(&e.to_string());
+                failed.push(state.volume.to_string());
+            }
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Busy, format!("not served again: {}; the reasons are above", failed.join(", "))))
+}
+
+/// The states that the command is about.
+fn choose(run: &RunDir, args: &WhichArgs, verb: Verb) -> Result<Vec<State>> {
+    let missing = |what: String| {
+        let what = format!("{what}: `vb-ublk list` shows what there is");
+        Err(Error::new(ErrorKind::NotFound, what))
+    };
+    if let Some(volume) = &args.volume {
+        return match run.read(volume)? {
+            Some(state) => Ok(vec![state]),
+            None => missing(format!("volume {volume} is not attached on this host")),
+        };
+    }
+    let mut all = Vec::new();
+    for (volume, state) in run.all()? {
+        match state {
+            Ok(state) => all.push(state),
+            Err(e) => super::complain(&format!("volume {volume}: {e}")),
+        }
+    }
+    if let Some(n) = args.number {
+        return match all.into_iter().find(|s| s.device == Some(n)) {
+            Some(state) => Ok(vec![state]),
+            None => missing(format!("/dev/ublkb{n} is no device of a volume that was attached on this host")),
+        };
+    }
+    let mut chosen = Vec::new();
+    for state in all {
+        let due = match verb {
+            Verb::Recover => !run.is_held(&state.volume)? && serve::device_left_by(&state)?.is_some(),
+            Verb::Upgrade => run.is_held(&state.volume)? && state.device.is_some() && state.daemon_log.is_some(),
+        };
+        if due {
+            chosen.push(state);
+        }
+    }
+    Ok(chosen)
+}
+
+fn one(settings: &Settings, run: &RunDir, state: &State, verb: Verb) -> Result<String> {
+    if verb == Verb::Upgrade {
+        end(run, state)?;
+    }
+    let plan = plan(settings, run, &state.volume)?.ok_or_else(|| {
+        let what = format!("volume {} left no device: attach it with `vb-ublk add --volume {0}`", state.volume);
+        Error::new(ErrorKind::NotFound, what)
+    })?;
+    serve_in_daemon(plan)
+}
+
+/// Serves in a process of its own; returns the device's path.
+pub(super) fn serve_in_daemon(plan: Plan) -> Result<String> {
+    let Some(log) = plan.state.daemon_log.clone() else {
+        return Err(Error::new(ErrorKind::Internal, "a daemon without a log"));
+    };
+    match daemonize(&log)? {
+        Side::Parent(device) => Ok(device),
+        Side::Child(reporter) => {
+            let told = Told::parent(reporter);
+            let mut plan = plan;
+            plan.state.pid = std::process::id();
+            let code = match serve::run(plan, &told) {
+                Ok(()) => 0,
+                Err(e) => {
+                    tracing::error!("{e}");
+                    told.failed(&e);
+                    1
+                }
+            };
+            std::process::exit(code)
+        }
+    }
+}
+
+/// How to take up the device that a dead process left of `volume`; `None` when there is none.
+///
+/// # Errors
+/// It lives; the state cannot be read, or is that of a program that wrote down less.
+pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Result<Option<Plan>> {
+    if run.read(volume)?.is_none() {
+        return Ok(None);
+    }
+    let held = lock(run, volume)?;
+    // Read again: now nobody else changes it.
+    let Some(dead) = run.read(volume)? else { return Ok(None) };
+    let Some(n) = serve::device_left_by(&dead)? else { return Ok(None) };
+    let Some(how) = dead.how.clone() else {
+        let what = format!(
+            "/dev/ublkb{n} was served by a program that did not write down how: remove it with `vb-ublk del -n {n}`, then attach \
+             volume {volume} again; the log {} keeps what was written",
+            dead.wal.display()
+        );
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    };
+    let given = &settings.store_options;
+    let store_options = StoreOptions {
+        endpoint: given.endpoint.clone().or(how.endpoint.clone()),
+        region: given.region.clone().or(how.region.clone()),
+        profile: given.profile.clone().or(how.profile.clone()),
+        ca_cert: given.ca_cert.clone().or(how.ca_cert.clone()),
+        insecure: given.insecure || how.insecure,
+        ..given.clone()
+    };
+    let mut state = State::new(volume.clone(), dead.store.clone(), dead.wal.clone(), Some(run.log_path(volume)));
+    // From the start: a recovery that fails is still somebody's device.
+    state.device = Some(n);
+    state.how = Some(how.clone());
+    Ok(Some(Plan {
+        attach: AttachOptions {
+            store_url: dead.store.parse()?,
+            store_options,
+            volume: volume.to_string(),
+            log_path: dead.wal,
+            log_bytes: how.log_bytes,
+            force: false,
+            read_only: how.read_only,
+        },
+        create: None,
+        spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },
+        state,
+        strict: how.strict,
+        run: run.clone(),
+        held,
+    }))
+}
+
+/// Takes the volume's lock. A process that was just killed may still have requests in flight, which keep it.
+fn lock(run: &RunDir, volume: &VolumeName) -> Result<Held> {
+    let begun = Instant::now();
+    loop {
+        if let Some(held) = run.lock(volume)? {
+            return Ok(held);
+        }
+        let state = run.read(volume)?;
+        let (pid, dead) = state.map_or((0, false), |s| (s.pid, !engine::is_alive(s.pid)));
+        if !dead || begun.elapsed() > DYING {
+            let what = format!(
+                "volume {volume} is served by process {pid}, which lives: there is nothing to recover (`vb-ublk upgrade` replaces it)"
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        pause(Duration::from_millis(20));
+    }
+}
+
+/// Ends the living daemon of a volume, so that another may take up its device. All it has acknowledged is in the log.
+fn end(run: &RunDir, state: &State) -> Result<()> {
+    let volume = &state.volume;
+    let refuse = |kind, what: String| Err(Error::new(kind, format!("volume {volume} {what}")));
+    if !run.is_held(volume)? {
+        return refuse(ErrorKind::NotFound, "is served by nobody: `vb-ublk recover` takes up its device".into());
+    }
+    let Some(n) = state.device else {
+        return refuse(ErrorKind::Unsupported, "is not served as a device: an NBD server is simply restarted".into());
+    };
+    if state.daemon_log.is_none() {
+        let what = format!(
+            "is served in the foreground by process {0}: whoever started that has to start it anew (`kill -9 {0}`, then `add \
+             --recover`, which the systemd unit does by itself)",
+            state.pid
+        );
+        return refuse(ErrorKind::Unsupported, what);
+    }
+    if state.how.is_none() {
+        let what = format!("is served by a program that did not write down how: use `vb-ublk del -n {n}`, then `add`");
+        return refuse(ErrorKind::Unsupported, what);
+    }
+    if engine::device(n)?.is_none_or(|d| !d.is_recoverable()) {
+        return refuse(ErrorKind::Unsupported, "has a device that this kernel cannot recover (Linux 6.1 can)".into());
+    }
+    // It has to be this very process, and past its attaching and before its detaching.
+    let status = control::status(&run.socket_path(volume)?)?;
+    if status["state"] != "serving" || status["pid"] != state.pid {
+        return refuse(ErrorKind::Busy, format!("is {}: try again when it serves", status["state"]));
+    }
+    let pid = Pid::from_raw(i32::try_from(state.pid).unwrap_or(0));
+    match kill(pid, Signal::SIGKILL) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(e) => Err(Error::io(format!("ending process {pid}, which serves volume {volume}"), e.into())),
+    }
+}
+
+impl How {
+    /// What a recovery has to know of how a volume is attached.
+    pub(super) fn of(attach: &AttachOptions, strict: bool) -> Self {
+        let o = &attach.store_options;
+        Self {
+            endpoint: o.endpoint.clone(),
+            region: o.region.clone(),
+            profile: o.profile.clone(),
+            ca_cert: o.ca_cert.clone(),
+            insecure: o.insecure,
+            log_bytes: attach.log_bytes,
+            read_only: attach.read_only,
+            strict,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn which(volume: Option<&str>, number: Option<u32>) -> WhichArgs {
+        let volume = volume.map(|v| v.parse().expect("name"));
+        WhichArgs { all: volume.is_none() && number.is_none(), volume, number }
+    }
+
+    #[test]
+    fn only_what_is_there_is_chosen() {
+        let dir = tempfile::tempdir().expect("dir");
+        let run = RunDir::create(&dir.path().join("run")).expect("run");
+        let mut state = State::new("v".parse().expect("name"), "file:///s".into(), "/w".into(), None);
+        state.device = Some(1_000_000);
+        run.write(&state).expect("write");
+        std::fs::write(dir.path().join("run/broken.json"), "{").expect("write");
+        let kind = |a: &WhichArgs| choose(&run, a, Verb::Recover).map(|s| s.len()).map_err(|e| e.kind());
+        assert_eq!(kind(&which(Some("w"), None)), Err(ErrorKind::NotFound));
+        assert_eq!(kind(&which(None, Some(7))), Err(ErrorKind::NotFound));
+        assert_eq!(kind(&which(None, Some(1_000_000))), Ok(1));
+        assert_eq!(kind(&which(Some("v"), None)), Ok(1));
+        // Its device is gone: of all there are, none.
+        assert_eq!(kind(&which(None, None)), Ok(0));
+    }
+
+    #[test]
+    fn the_living_are_left_alone() {
+        let dir = tempfile::tempdir().expect("dir");
+        let run = RunDir::create(&dir.path().join("run")).expect("run");
+        let v: VolumeName = "v".parse().expect("name");
+        let mut state = State::new(v.clone(), "file:///s".into(), "/w".into(), None);
+        state.device = Some(1_000_000);
+        run.write(&state).expect("write");
+        assert_eq!(end(&run, &state).expect_err("nobody serves it").kind(), ErrorKind::NotFound);
+        let held = run.lock(&v).expect("lock").expect("free");
+        let e = lock(&run, &v).expect_err("this process lives").to_string();
+        assert!(e.contains(&format!("process {}", std::process::id())), "{e}");
+        let e = end(&run, &state).expect_err("in the foreground");
+        assert!(e.to_string().contains("foreground"), "{e}");
+        state.device = None;
+        assert!(end(&run, &state).expect_err("over NBD").to_string().contains("not served as a device"));
+        drop(held);
+    }
+}
