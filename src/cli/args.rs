@@ -261,17 +261,9 @@ pub(crate) struct WhichArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("which").required(true).args(["number", "volume", "all"]))]
 pub(crate) struct DelArgs {
-    /// The device's number
-    #[arg(short = 'n', long, value_name = "N")]
-    pub(crate) number: Option<u32>,
-    /// The volume
-    #[arg(long)]
-    pub(crate) volume: Option<VolumeName>,
-    /// All of this host
-    #[arg(long)]
-    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) which: WhichArgs,
     /// Stop the device even though it is mounted or open
     #[arg(long)]
     pub(crate) force: bool,

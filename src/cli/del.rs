@@ -21,7 +21,7 @@ const SAY: Duration = Duration::from_millis(500);
 
 pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
     let timeout = args.timeout.map(Duration::from_secs);
-    if let Some(volume) = &args.volume {
+    if let Some(volume) = &args.which.volume {
         return match run.read(volume)? {
             Some(state) => one(run, &state, args.force, timeout),
             None => Err(Error::new(
@@ -31,7 +31,7 @@ pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
         };
     }
     let all = run.all()?;
-    if let Some(n) = args.number {
+    if let Some(n) = args.which.number {
         let found = all.into_iter().filter_map(|(_, s)| s.ok()).find(|s| s.device == Some(n));
         return match found {
             Some(state) => one(run, &state, args.force, timeout),
@@ -194,6 +194,7 @@ impl<'a> Progress<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::args::WhichArgs;
     use super::*;
 
     fn fresh() -> (tempfile::TempDir, RunDir, State) {
@@ -210,9 +211,11 @@ mod tests {
         for by_number in [true, false] {
             let (_dir, run, state) = fresh();
             let args = DelArgs {
-                number: by_number.then_some(1_000_000),
-                volume: (!by_number).then(|| state.volume.clone()),
-                all: false,
+                which: WhichArgs {
+                    number: by_number.then_some(1_000_000),
+                    volume: (!by_number).then(|| state.volume.clone()),
+                    all: false,
+                },
                 force: false,
                 timeout: None,
             };

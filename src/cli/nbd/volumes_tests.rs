@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use super::super::super::args::DelArgs;
+use super::super::super::args::{DelArgs, WhichArgs};
 use super::super::super::{del, list};
 use super::*;
 use crate::disk::IoBuf;
@@ -104,7 +104,8 @@ fn a_volume_is_made_attached_told_of_and_given_back() {
     // Nobody else may have it, and `del` says what to do.
     let e = volumes.attach(&v).err().expect("locked");
     assert!(e.kind() == ErrorKind::Busy && e.to_string().contains("nbd+unix:///v"), "{e}");
-    let args = DelArgs { number: None, volume: Some(v.clone()), all: false, force: true, timeout: None };
+    let args =
+        DelArgs { which: WhichArgs { number: None, volume: Some(v.clone()), all: false }, force: true, timeout: None };
     let e = del::run(&volumes.run, &args).expect_err("not del's");
     assert!(e.kind() == ErrorKind::Busy && e.to_string().contains(&format!("`kill {}`", std::process::id())), "{e}");
 
