@@ -232,7 +232,12 @@ fn a_flipped_bit_of_a_header_is_corruption_and_the_rest_can_be_had() {
     let people = wal(&["inspect", "--records"], &[&log]);
     let text = String::from_utf8(people.stdout).unwrap();
     assert_eq!(people.status.code(), Some(1));
-    for line in ["  why: damaged\n", "         2  data    unpacked             80         8  generation 1 offset "] {
+    for line in [
+        "end:\n",
+        "  why: damaged\n",
+        "damage: the log is damaged at ",
+        "         2  data    unpacked             80         8  generation 1 offset ",
+    ] {
         assert!(text.contains(line), "{line:?} in\n{text}");
     }
 }

@@ -147,7 +147,7 @@ fn about(file: &Path, size: u64, found: &Inspection) -> Result<Value> {
     let records = |beyond: bool| found.records.iter().filter(|r| (r.standing == Standing::Beyond) == beyond).count();
     let mut about = json!({
         "file": file.display().to_string(),
-        "file_bytes": size,
+        "size_bytes": size,
         "superblock": {
             "volume": sb.volume,
             "volume_size_bytes": sb.volume_sectors * SECTOR as u64,
