@@ -89,6 +89,9 @@ pub(crate) enum Command {
     /// Volumes in the store
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Write-ahead logs that no process has: left by a dead daemon, set aside, or damaged
+    #[command(subcommand)]
+    Wal(WalCommand),
     /// Print the completions for a shell
     Completions {
         /// The shell
@@ -311,6 +314,41 @@ pub(crate) enum VolumeCommand {
         /// Delete it even though a host has it attached
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WalCommand {
+    /// What a log holds, and where and why it ends; changes nothing
+    ///
+    /// Of a damaged log it says all that can still be read; the exit code is then 1.
+    Inspect {
+        /// The log: a file, as VOLUME.wal or VOLUME.wal.aside-1, or a device
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// List each entry: its number, what it does, and where it is. `left` are those behind the end of the log
+        #[arg(long)]
+        records: bool,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// Write what a log holds that is not in the store into a new, sparse raw image, and say which sectors that are
+    ///
+    /// Laid over a copy of the volume, data as it is in the image and holes as zeros, these sectors bring it up to date.
+    /// Every block is checked, and damaged ones are left out; the exit code is then 1.
+    Export {
+        /// The log: a file, as VOLUME.wal or VOLUME.wal.aside-1, or a device
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// The image, which must not be there yet
+        #[arg(value_hint = ValueHint::FilePath)]
+        out: PathBuf,
+        /// Everything that is still in the log: what is in the store, too, as far back as no entry is missing; and of a
+        /// damaged log what lies behind the damage
+        #[arg(long)]
+        all: bool,
         #[command(flatten)]
         json: JsonArg,
     },

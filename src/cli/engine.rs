@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::disk::file::DataFile;
+use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
 use crate::lane::{Lane, LaneDisk, LaneTimer};
@@ -19,9 +21,12 @@ use crate::volume::{Volume, admin};
 use crate::wal;
 
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
+pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::host::AttachOptions;
+pub(super) use crate::wal::codec::{LogPos, RecordKind};
 pub(super) use crate::wal::create::MAX_LOG_BYTES;
+pub(super) use crate::wal::inspect::{BadBlock, End, Inspection, Item, Piece, Standing};
 
 /// Runs `f` with the store open, on a runtime that lives no longer than this call.
 fn with_store<T>(url: &StoreUrl, opts: &StoreOptions, f: impl AsyncFnOnce(&dyn Store) -> Result<T>) -> Result<T> {
@@ -41,7 +46,7 @@ pub(super) fn now_unix() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-fn json(v: &impl serde::Serialize) -> Result<Value> {
+pub(super) fn json(v: &impl serde::Serialize) -> Result<Value> {
     serde_json::to_value(v).map_err(|e| Error::new(ErrorKind::Internal, "writing JSON").with_source(e))
 }
 
@@ -227,4 +232,42 @@ pub(super) fn delete_dead(id: u32) -> Result<()> {
 /// Whether the device, or a partition of it, is mounted or held by another device.
 pub(super) fn is_in_use(path: &Path) -> bool {
     ublk::is_in_use(path)
+}
+
+/// A log that no other process has, to be read alone.
+pub(super) struct OpenLog(DataFile);
+
+impl OpenLog {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = DataFile::open_to_read(path)
+            .map_err(|e| e.context(format!("reading the log {} while no other process has it", path.display())))?;
+        Ok(Self(file))
+    }
+
+    pub(super) fn size(&self) -> Result<u64> {
+        self.0.size()
+    }
+
+    fn with_disk<T>(&self, f: impl AsyncFnOnce(UringDisk) -> Result<T>) -> Result<T> {
+        tokio_uring::start(async {
+            let opening = || format!("opening {} a second time", self.0.path().display());
+            f(UringDisk::new(&self.0).context(opening)?).await
+        })
+    }
+
+    pub(super) fn inspect(&self) -> Result<Inspection> {
+        let size = self.size()?;
+        self.with_disk(async |disk| wal::inspect::inspect(&disk, size).await)
+            .map_err(|e| e.context(format!("reading the log {}", self.0.path().display())))
+    }
+
+    /// Reads the wanted entries, in log order.
+    pub(super) fn read(
+        &self,
+        found: &Inspection,
+        wanted: impl Fn(&Item<'_>) -> bool,
+        each: impl FnMut(Piece<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.with_disk(async |disk| wal::inspect::read_entries(&disk, found, wanted, each).await)
+    }
 }

@@ -27,6 +27,7 @@ mod shell;
 mod signals;
 mod state;
 mod volume;
+mod wal;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Completions { shell } => return shell::completions(*shell),
         Command::Man { dir } => return shell::man(dir),
         Command::Features(json) => return features::run(json.json),
+        Command::Wal(command) => return wal::run(command),
         _ => {}
     }
     let settings = Settings::of_process(&cli.global)?;
@@ -79,7 +81,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::List(json) => list::list(&run_dir, json.json),
         Command::Status(args) => list::status(&run_dir, args.volume.as_ref(), args.json.json),
         Command::Volume(command) => volume::run(&settings, command),
-        Command::Completions { .. } | Command::Man { .. } | Command::Features(_) => Ok(()),
+        Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),
     }
 }
 

@@ -99,6 +99,7 @@ fn leaf(key: &str, v: &Value) -> String {
         Value::Null => "-".to_owned(),
         Value::Bool(b) => if *b { "yes" } else { "no" }.to_owned(),
         Value::String(s) => one_line(s),
+        Value::Array(items) if items.is_empty() => "none".to_owned(),
         Value::Array(items) => items.iter().map(|i| leaf("", i)).collect::<Vec<_>>().join(", "),
         Value::Object(_) => "none".to_owned(),
         Value::Number(n) => match (n.as_u64(), n.as_f64()) {
@@ -135,7 +136,7 @@ mod tests {
     fn people_read_fields() {
         let v = json!({
             "size_bytes": 10_u64 << 30, "used_bytes": 5, "read_only": false, "failure": null, "oldest_pending_secs": 65.2,
-            "log": { "used_bytes": 4096 }, "names": ["a", "b"], "epochs": [{ "epoch": 1 }], "empty": {}, "bad": "a\nb",
+            "log": { "used_bytes": 4096 }, "names": ["a", "b"], "epochs": [{ "epoch": 1 }], "empty": {}, "no_names": [], "bad": "a\nb",
         });
         let text = fields(&v);
         for line in [
@@ -148,6 +149,7 @@ mod tests {
             "names: a, b\n",
             "epochs:\n  -\n    epoch: 1\n",
             "empty: none\n",
+            "no names: none\n",
             "bad: a b\n",
         ] {
             assert!(text.contains(line), "{line:?} in\n{text}");

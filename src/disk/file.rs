@@ -23,6 +23,12 @@ pub struct DataFile {
     direct: bool,
 }
 
+#[derive(Clone, Copy)]
+enum Access {
+    Read,
+    Write { create: bool },
+}
+
 /// How long to wait for a lock: the kernel ends a dead process's requests after the process itself, and udev holds a
 /// lock on a block device while it looks at it.
 const LOCK_TRIES: u32 = 100;
@@ -49,6 +55,22 @@ impl DataFile {
     /// # Errors
     /// `Busy` when another process holds the lock, else the kind of the I/O error.
     pub fn open(path: &Path, create: bool) -> Result<Self> {
+        Self::open_as(path, Access::Write { create })
+    }
+
+    /// The same for reading alone: nothing can be changed through it. Takes the lock, so nobody else changes it either.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn open_to_read(path: &Path) -> Result<Self> {
+        Self::open_as(path, Access::Read)
+    }
+
+    fn open_as(path: &Path, access: Access) -> Result<Self> {
+        let (write, create) = match access {
+            Access::Read => (false, false),
+            Access::Write { create } => (true, create),
+        };
         let attempt = |direct: bool| {
             let mut flags = libc::O_CLOEXEC;
             if direct {
@@ -56,7 +78,7 @@ impl DataFile {
             }
             OpenOptions::new()
                 .read(true)
-                .write(true)
+                .write(write)
                 .create(create)
                 .truncate(false)
                 .custom_flags(flags)
@@ -66,10 +88,12 @@ impl DataFile {
         let (file, direct) = match attempt(true) {
             Ok(f) => (f, true),
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                tracing::warn!(
-                    "{} has no O_DIRECT: using the page cache, which costs memory and speed",
-                    path.display()
-                );
+                if write {
+                    tracing::warn!(
+                        "{} has no O_DIRECT: using the page cache, which costs memory and speed",
+                        path.display()
+                    );
+                }
                 (attempt(false).context(|| format!("opening {}", path.display()))?, false)
             }
             Err(e) => return Err(e).context(|| format!("opening {}", path.display())),

@@ -4,10 +4,12 @@
 //! - [`log`]: the state that lanes share: tail, frontier, durable mark, slots.
 //! - [`appender`]: one lane's side: gathers writes, seals batches, acknowledges.
 //! - [`replay`]: reads a log back.
+//! - [`inspect`]: looks into a log that nobody has, damaged or not, and reads its data.
 //! - [`create`](mod@create): makes a new log and grows it.
 
 pub mod appender;
 pub mod codec;
 pub mod create;
+pub mod inspect;
 pub mod log;
 pub mod replay;

@@ -17,7 +17,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::codec::{
     LogPos, MAX_HEADER_BYTES, RecordHeader, SegmentHeader, Superblock, claimed_generation, decode_record, peek_record,
 };
-use super::log::{Geometry, Live, LogEntry, number_entries};
+use super::log::{FileSlots, Geometry, Live, LogEntry, number_entries};
 use crate::checksum::block_crc;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -53,21 +53,39 @@ pub struct Replay {
     pub torn_bytes: u64,
 }
 
-struct Segment {
-    slot: u32,
-    header: SegmentHeader,
+/// A segment whose header is good.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) slot: u32,
+    pub(super) header: SegmentHeader,
     /// Where the next segment says this one ends; the slot's end for the newest.
-    limit: u32,
-    newest: bool,
+    pub(super) limit: u32,
+    pub(super) newest: bool,
 }
 
-struct Walked {
-    records: Vec<RecordHeader>,
+/// The records of a segment.
+#[derive(Debug)]
+pub(super) struct Walked {
+    pub(super) records: Vec<RecordHeader>,
     /// Where the chain of records ends.
     end: u32,
-    /// The newest durable mark in records past a gap.
-    durable_past_gap: LogPos,
-    valid_past_gap: u64,
+    /// Valid records past the first gap.
+    pub(super) past_gap: Vec<RecordHeader>,
+}
+
+/// All that is to be known of a log, damaged or not.
+#[derive(Debug)]
+pub(super) struct Survey {
+    /// What a replay returns; of a damaged log, as far as it came.
+    pub(super) replay: Replay,
+    /// Why a replay refuses the log.
+    pub(super) damage: Option<Error>,
+    /// Oldest first.
+    pub(super) chain: Vec<(Segment, Walked)>,
+    /// Newer ones that hang on nothing, newest first.
+    pub(super) dangling: Vec<(Segment, Walked)>,
+    /// Generation → slot, header of all good segments.
+    pub(super) headers: HashMap<u32, (u32, SegmentHeader)>,
 }
 
 fn corrupt(text: String) -> Error {
@@ -79,42 +97,57 @@ fn corrupt(text: String) -> Error {
 /// # Errors
 /// `Corrupt` when entries are missing below the durable or the packed mark; else the I/O error.
 pub async fn replay<D: Disk>(disk: &D, size: u64, sb: &Superblock) -> Result<Replay> {
-    let geometry = Geometry { segment_bytes: sb.segment_bytes, max_segments: sb.max_segments };
-    let slots_ready = (size.saturating_sub(geometry.slot_offset(0)) / u64::from(geometry.segment_bytes))
-        .min(u64::from(geometry.max_segments)) as u32;
-    let Headers { good: headers, damaged } = read_segment_headers(disk, sb, &geometry, slots_ready).await?;
+    let geometry = geometry_of(sb);
+    let Survey { replay, damage, .. } = survey(disk, sb, &FileSlots::whole(&geometry, size)).await?;
+    damage.map_or(Ok(replay), Err)
+}
+
+pub(super) const fn geometry_of(sb: &Superblock) -> Geometry {
+    Geometry { segment_bytes: sb.segment_bytes, max_segments: sb.max_segments }
+}
+
+/// Reads the log in `slots`, and goes on after damage as far as that tells more.
+///
+/// # Errors
+/// The I/O error.
+pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots) -> Result<Survey> {
+    let geometry = geometry_of(sb);
+    let Headers { good: headers, damaged } = read_segment_headers(disk, sb, &geometry, slots.count()).await?;
 
     let mut out = Replay {
         packed: headers.values().map(|(_, h)| h.packed_through).fold(sb.packed_through, Seq::max),
         next_generation: headers.keys().max().map_or(1, |g| g + 1),
-        slots_ready,
+        slots_ready: slots.whole,
         ..Replay::default()
     };
-    let (chain, dangling) = link(&headers, &geometry, out.packed);
+    let (mut chain, mut dangling) = link(&headers, &geometry, out.packed);
+    chain.iter_mut().chain(&mut dangling).for_each(|s| s.limit = slots.clip(s.slot, s.limit));
     let head = chain.last().map_or(0, |s| s.header.generation);
-    if let Some((slot, generation)) = damaged.iter().find(|(_, g)| *g > head) {
-        return Err(corrupt(format!(
+    let mut damage = damaged.iter().find(|(_, g)| *g > head).map(|(slot, generation)| {
+        corrupt(format!(
             "the header of the log's segment of generation {generation} is damaged (byte {} of the file): entries after {} may have been in it. If the volume was detached cleanly, or these may be lost, move the log away and attach again",
             geometry.slot_offset(*slot),
             out.packed
-        )));
-    }
+        ))
+    });
     let walked = walk_all(disk, &geometry, &chain).await?;
     let beyond = walk_all(disk, &geometry, &dangling).await?;
     out.durable = walked.iter().chain(&beyond).map(Walked::durable).max().unwrap_or_default();
     out.torn_bytes = beyond.iter().map(Walked::valid_bytes).sum();
-    assemble(disk, &geometry, &chain, &walked, &mut out).await?;
-    if out.durable > out.end {
+    let missing = assemble(disk, &geometry, &chain, &walked, &mut out).await?;
+    damage = damage.or(missing);
+    if damage.is_none() && out.durable > out.end {
         // What is missing begins behind the chain; the oldest segment that dangles says where it ends.
         let next = dangling.last().map_or(Seq(0), |s| s.header.first_seq);
-        return Err(corrupt(format!(
+        damage = Some(corrupt(format!(
             "the log ends with entry {} at {}, but a record says that everything up to {} was on stable storage: a segment's header is missing or damaged (the log goes on with entry {next})",
             out.last_seq, out.end, out.durable
         )));
     }
     let used: Vec<u32> = out.live.iter().map(|l| l.slot).collect();
-    out.free = (0..slots_ready).filter(|s| !used.contains(s)).collect();
-    Ok(out)
+    out.free = (0..slots.whole).filter(|s| !used.contains(s)).collect();
+    let chain = chain.into_iter().zip(walked).collect();
+    Ok(Survey { replay: out, damage, chain, dangling: dangling.into_iter().zip(beyond).collect(), headers })
 }
 
 /// Whether a valid segment header is of this very log: not of one that was here before.
@@ -162,12 +195,16 @@ async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geo
 
 impl Walked {
     fn durable(&self) -> LogPos {
-        self.records.iter().map(|r| r.placement.durable).fold(self.durable_past_gap, LogPos::max)
+        self.records.iter().chain(&self.past_gap).map(|r| r.placement.durable).max().unwrap_or_default()
     }
 
     fn valid_bytes(&self) -> u64 {
-        self.valid_past_gap + self.records.iter().map(|r| u64::from(r.record_bytes)).sum::<u64>()
+        bytes_of(&self.records) + bytes_of(&self.past_gap)
     }
+}
+
+fn bytes_of(records: &[RecordHeader]) -> u64 {
+    records.iter().map(|r| u64::from(r.record_bytes)).sum()
 }
 
 /// The segments that hang together, oldest first: each names its predecessor's end. The chain's head is the newest
@@ -223,8 +260,8 @@ async fn read_header<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, offset
 }
 
 /// Follows the records of one segment, and looks past the first gap for later ones.
-async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Walked> {
-    let mut w = Walked { records: Vec::new(), end: BLOCK as u32, durable_past_gap: LogPos(0), valid_past_gap: 0 };
+pub(super) async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Walked> {
+    let mut w = Walked { records: Vec::new(), end: BLOCK as u32, past_gap: Vec::new() };
     let mut previous = 0;
     while w.end < s.limit {
         let Some(r) = read_header(disk, geometry, s, w.end).await? else { break };
@@ -246,8 +283,7 @@ async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Wal
             if peek_record(&buf.bytes()[i..i + BLOCK]).is_ok()
                 && let Some(r) = read_header(disk, geometry, s, at + i as u32).await?
             {
-                w.durable_past_gap = w.durable_past_gap.max(r.placement.durable);
-                w.valid_past_gap += u64::from(r.record_bytes);
+                w.past_gap.push(r);
             }
         }
         at += n as u32;
@@ -255,14 +291,14 @@ async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Wal
     Ok(w)
 }
 
-/// Joins the segments' chains in order, as far as they are whole.
+/// Joins the segments' chains in order, as far as they are whole. Returns the damage that ends them, if it is that.
 async fn assemble<D: Disk>(
     disk: &D,
     geometry: &Geometry,
     chain: &[Segment],
     walked: &[Walked],
     out: &mut Replay,
-) -> Result<()> {
+) -> Result<Option<Error>> {
     out.last_seq = out.packed;
     if let Some(first) = chain.first() {
         out.end = first.header.predecessor_end;
@@ -278,19 +314,21 @@ async fn assemble<D: Disk>(
         let mut last_seq = Seq(s.header.first_seq.0.saturating_sub(1));
         // An attach may skip numbers: what it skips was in the store, and the segment says so.
         if next_seq.is_some_and(|n| n != s.header.first_seq && s.header.packed_through.next() < s.header.first_seq) {
-            return Err(corrupt(format!(
+            return Ok(Some(corrupt(format!(
                 "the log's segment of generation {} starts at entry {}, which does not follow the segment before it",
                 s.header.generation, s.header.first_seq
-            )));
+            ))));
         }
         let mut expected = s.header.first_seq;
+        let mut damage = None;
         for r in &w.records {
             let record_end = LogPos::new(s.header.generation, r.placement.offset + r.record_bytes);
             if r.placement.first_seq != expected {
-                return Err(corrupt(format!(
+                damage = Some(corrupt(format!(
                     "the log's record at {end} starts at entry {}, expected {expected}",
                     r.placement.first_seq
                 )));
+                break;
             }
             if record_end > out.durable && !data_is_whole(disk, geometry, s, r).await? {
                 cut = true;
@@ -306,18 +344,18 @@ async fn assemble<D: Disk>(
             last_seq = Seq(expected.0 - 1);
             end = record_end;
         }
-        if !cut && (w.end < s.limit) && !(s.newest && w.valid_past_gap == 0) {
+        if !cut && (w.end < s.limit) && !(s.newest && w.past_gap.is_empty()) {
             cut = true;
         }
-        if cut && out.durable > end {
-            return Err(corrupt(format!(
+        if damage.is_none() && cut && out.durable > end {
+            damage = Some(corrupt(format!(
                 "the log is damaged at {end} (byte {} of the file): a later record says that everything up to {} was on stable storage",
                 geometry.slot_offset(s.slot) + u64::from(end.offset()),
                 out.durable
             )));
         }
         if cut {
-            out.torn_bytes += w.valid_past_gap;
+            out.torn_bytes += bytes_of(&w.past_gap);
         }
         out.end = end;
         out.last_seq = out.last_seq.max(last_seq);
@@ -325,8 +363,11 @@ async fn assemble<D: Disk>(
         if last_seq > out.packed {
             out.live.push(Live { slot: s.slot, generation: s.header.generation, last_seq });
         }
+        if damage.is_some() {
+            return Ok(damage);
+        }
     }
-    Ok(())
+    Ok(None)
 }
 
 async fn data_is_whole<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, r: &RecordHeader) -> Result<bool> {

@@ -21,6 +21,7 @@ use std::task::Waker;
 use tokio::sync::Notify;
 use uuid::Uuid;
 
+pub(super) use entry::FileSlots;
 pub use entry::{Geometry, LogEntry, number_entries};
 use sync::SyncGate;
 use tail::Tail;
