@@ -19,6 +19,7 @@ mod notify;
 mod output;
 mod phase;
 mod place;
+mod progress;
 mod protect;
 mod serve;
 mod settings;
