@@ -26,6 +26,7 @@ mod settings;
 mod shell;
 mod signals;
 mod state;
+mod verify;
 mod volume;
 
 use std::io::{IsTerminal, Write};
