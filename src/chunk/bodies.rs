@@ -17,8 +17,8 @@ use crate::units::BLOCK;
 const FULL: usize = HEADER_ROOM + MAX_BLOCKS * BLOCK;
 /// Smaller bodies are made for the occasion.
 const WORTH_KEEPING: usize = FULL / 2;
-/// Free buffers that are kept: those of the largest group.
-const KEPT: usize = 17;
+/// Free buffers that are kept: those of a group.
+const KEPT: usize = 9;
 
 /// A pool of chunk-sized buffers; clones share it.
 #[derive(Debug, Clone, Default)]

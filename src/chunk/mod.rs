@@ -5,9 +5,11 @@
 //! - [`plan`]: what a range of log entries comes to, cut into chunks.
 //! - [`pack`]: builds the chunks' bytes from the log.
 //! - [`reader`]: reads blocks out of chunks.
+//! - [`verify`]: checks all that a map names of a chunk.
 
 pub mod bodies;
 pub mod header;
 pub mod pack;
 pub mod plan;
 pub mod reader;
+pub mod verify;

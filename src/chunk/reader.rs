@@ -12,6 +12,8 @@ use crate::map::Location;
 use crate::store::Store;
 use crate::units::{BLOCK, BlockNo, ChunkNo, SECTORS_PER_BLOCK};
 
+/// The mask of a block with all its sectors.
+pub(super) const WHOLE: u8 = 0xff;
 /// Parsed headers kept in memory: at most about 30 KiB each.
 const HEADERS_KEPT: usize = 256;
 
@@ -160,20 +162,31 @@ impl ChunkReader {
         let mut bad = Vec::new();
         for (i, block) in data.chunks_exact(BLOCK).enumerate() {
             let n = usize::from(index) + i;
-            let mask = header.masks.iter().find(|(m, _)| usize::from(*m) == n).map(|(_, good)| *good);
             let volume_block = BlockNo(first.0 + i as u64);
-            if header.crcs.get(n).is_none_or(|crc| header::block_crc(volume_block, block) != *crc) {
-                tracing::error!(
-                    "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
-                    volume_block.0 * BLOCK as u64
-                );
-                bad.push((i, 0));
-            } else if let Some(good) = mask {
-                bad.push((i, good));
+            match good_sectors(&header, n, volume_block, block) {
+                Some(WHOLE) => {}
+                Some(good) => bad.push((i, good)),
+                None => {
+                    tracing::error!(
+                        "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
+                        volume_block.0 * BLOCK as u64
+                    );
+                    bad.push((i, 0));
+                }
             }
         }
         Ok(Blocks { data, bad })
     }
+}
+
+/// The check that every block passes before it is handed out: the mask of its good sectors ([`WHOLE`] for all), or
+/// `None` when stored block `n` is not the volume's `block` as it was packed.
+pub(super) fn good_sectors(header: &ChunkHeader, n: usize, block: BlockNo, data: &[u8]) -> Option<u8> {
+    if header.crcs.get(n).is_none_or(|crc| header::block_crc(block, data) != *crc) {
+        return None;
+    }
+    let mask = header.masks.iter().find(|(m, _)| usize::from(*m) == n);
+    Some(mask.map_or(WHOLE, |(_, good)| *good))
 }
 
 /// Whether all sectors `from .. to` of a block are good under a mask.
@@ -198,7 +211,12 @@ fn missing(e: Error, key: &str) -> Error {
 /// `NotFound` when it is missing, `Corrupt` when it is damaged or another's; the store's.
 pub async fn fetch_header(store: &dyn Store, key: &str) -> Result<ChunkHeader> {
     let bytes = store.get_range(key, 0..HEADER_ROOM as u64).await.map_err(|e| missing(e, key))?;
-    let h = ChunkHeader::decode(&bytes).map_err(|e| Error::from(e).context(format!("reading the header of {key}")))?;
+    parse_header(key, &bytes)
+}
+
+/// The same of bytes that were read.
+pub(super) fn parse_header(key: &str, bytes: &[u8]) -> Result<ChunkHeader> {
+    let h = ChunkHeader::decode(bytes).map_err(|e| Error::from(e).context(format!("reading the header of {key}")))?;
     let name = key.rsplit('/').next().unwrap_or(key);
     if header::parse_key(name) != Some((h.chunk, h.epoch, h.nonce)) {
         return Err(Error::new(

@@ -307,6 +307,13 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+    /// Read and check all that a volume has in the store; says which sectors are damaged
+    Verify {
+        /// Its name
+        volume: VolumeName,
+        #[command(flatten)]
+        json: JsonArg,
+    },
     /// Delete a volume and all its data
     Delete {
         /// Its name

@@ -1,23 +1,20 @@
 //! `del`: asks daemons to detach and waits for them; clears up after dead ones. A volume of an NBD server is not `del`'s to detach: its
 //! server refuses, and says what to do.
 
-use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::args::DelArgs;
-use super::output::print;
+use super::output::{one_line, print};
+use super::progress::Progress;
 use super::state::{RunDir, State};
 use super::{control, engine, pause, serve};
-use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::human_bytes;
 
 /// How often to look whether a daemon has gone.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often to say how far it is.
-const SAY: Duration = Duration::from_millis(500);
 
 pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
     let timeout = args.timeout.map(Duration::from_secs);
@@ -80,8 +77,7 @@ fn one(run: &RunDir, state: &State, force: bool, timeout: Option<Duration>) -> R
         Err(_) if !run.is_held(&state.volume)? => {}
         Err(e) => return Err(e.context(format!("detaching volume {}", state.volume))),
     }
-    let mut progress = Progress::new(&state.volume);
-    let mut said = None::<Instant>;
+    let mut progress = Progress::new(true);
     while is_there(run, state)? {
         if timeout.is_some_and(|t| begun.elapsed() >= t) {
             progress.clear();
@@ -93,12 +89,7 @@ fn one(run: &RunDir, state: &State, force: bool, timeout: Option<Duration>) -> R
             );
             return Err(Error::new(ErrorKind::TimedOut, what));
         }
-        if progress.shown && said.is_none_or(|s| s.elapsed() >= SAY) {
-            said = Some(Instant::now());
-            if let Ok(status) = control::status(&socket) {
-                progress.say(&status);
-            }
-        }
+        progress.say(|| control::status(&socket).ok().map(|status| how_far(state, &status)));
         pause(LOOK);
     }
     progress.clear();
@@ -163,33 +154,13 @@ fn bury(run: &RunDir, state: &State, force: bool) -> Result<()> {
     ))
 }
 
-/// A line on stderr, when that is a terminal, that says how much is left.
-struct Progress<'a> {
-    volume: &'a VolumeName,
-    shown: bool,
-    dirty: bool,
-}
-
-impl<'a> Progress<'a> {
-    fn new(volume: &'a VolumeName) -> Self {
-        Self { volume, shown: std::io::stderr().is_terminal(), dirty: false }
-    }
-
-    fn say(&mut self, status: &Value) {
-        let left = status.pointer("/engine/log/pending_bytes").and_then(Value::as_u64);
-        let trouble = status.pointer("/engine/background/store_trouble").and_then(Value::as_str);
-        let left = left.map_or_else(String::new, |n| format!(", {} left to upload", human_bytes(n)));
-        let trouble = trouble.map_or_else(String::new, |t| format!(" ({})", super::output::one_line(t)));
-        // A terminal that has gone is no reason to stop waiting.
-        let _ = write!(std::io::stderr(), "\r\x1b[Kdetaching {}{left}{trouble}", self.volume);
-        self.dirty = true;
-    }
-
-    fn clear(&mut self) {
-        if std::mem::take(&mut self.dirty) {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
-    }
+/// How much is left.
+fn how_far(state: &State, status: &Value) -> String {
+    let left = status.pointer("/engine/log/pending_bytes").and_then(Value::as_u64);
+    let trouble = status.pointer("/engine/background/store_trouble").and_then(Value::as_str);
+    let left = left.map_or_else(String::new, |n| format!(", {} left to upload", human_bytes(n)));
+    let trouble = trouble.map_or_else(String::new, |t| format!(" ({})", one_line(t)));
+    format!("detaching {}{left}{trouble}", state.volume)
 }
 
 #[cfg(test)]

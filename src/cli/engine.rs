@@ -17,26 +17,37 @@ use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::volume::host::Host;
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Volume, admin};
+use crate::volume::{Volume, admin, verify};
 use crate::wal;
 
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::volume::admin::CreateOptions;
+pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
 pub(super) use crate::wal::codec::{LogPos, RecordKind};
+pub(super) use crate::volume::verify::Progress;
 pub(super) use crate::wal::create::MAX_LOG_BYTES;
 pub(super) use crate::wal::inspect::{BadBlock, End, Inspection, Item, Piece, Standing};
 
 /// Runs `f` with the store open, on a runtime that lives no longer than this call.
 fn with_store<T>(url: &StoreUrl, opts: &StoreOptions, f: impl AsyncFnOnce(&dyn Store) -> Result<T>) -> Result<T> {
+    with_policy(Policy::attach(), url, opts, f)
+}
+
+fn with_policy<T>(
+    policy: Policy,
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    f: impl AsyncFnOnce(&dyn Store) -> Result<T>,
+) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context(|| "starting the runtime for the store's requests")?;
     runtime.block_on(async {
         let store = store::open(url, opts).await.context(|| format!("opening the store {url}"))?;
-        let store: Arc<dyn Store> = Arc::new(Retry::new(store, Policy::attach()));
+        let store: Arc<dyn Store> = Arc::new(Retry::new(store, policy));
         f(&*store).await
     })
 }
@@ -96,6 +107,16 @@ pub(super) fn info(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Va
 /// Deletes a volume; returns how many objects that were.
 pub(super) fn delete(url: &StoreUrl, opts: &StoreOptions, name: &str, force: bool) -> Result<u64> {
     with_store(url, opts, async |s| admin::delete(s, name, force).await)
+}
+
+/// Reads and checks all that a volume has in the store.
+pub(super) fn verify(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    name: &str,
+    told: &mut dyn FnMut(Progress),
+) -> Result<Report> {
+    with_policy(Policy::long_run(), url, opts, async |s| verify::verify(s, name, told).await)
 }
 
 /// An attached volume.

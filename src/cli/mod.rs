@@ -19,6 +19,7 @@ mod notify;
 mod output;
 mod phase;
 mod place;
+mod progress;
 mod protect;
 mod recover;
 mod serve;
@@ -26,6 +27,7 @@ mod settings;
 mod shell;
 mod signals;
 mod state;
+mod verify;
 mod volume;
 mod wal;
 

@@ -1,4 +1,4 @@
-//! `volume create | list | info | delete`.
+//! `volume create | list | info | verify | delete`.
 
 use serde_json::{Value, json};
 
@@ -34,6 +34,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             let info = engine::info(url, opts, volume.as_str())?;
             if json.json { print_json(&info) } else { print(&fields(&info)) }
         }
+        VolumeCommand::Verify { volume, json } => super::verify::run(settings, volume, json.json),
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;

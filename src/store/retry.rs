@@ -46,6 +46,17 @@ impl Policy {
         }
     }
 
+    /// For a long run of calls, which a short outage must not end: at most a minute a call.
+    #[must_use]
+    pub const fn long_run() -> Self {
+        Self {
+            attempts: u32::MAX,
+            base: Duration::from_millis(100),
+            cap: Duration::from_secs(5),
+            deadline: Duration::from_secs(60),
+        }
+    }
+
     /// For uploads and reads behind a serving volume, which rather wait than fail: an hour a call. Who must
     /// wait longer than that calls again.
     #[must_use]

@@ -52,31 +52,60 @@ async fn load_parts(
     image: &Image,
     kind: PartKind,
 ) -> Result<Vec<Part>> {
-    stream::iter(image.parts.iter().enumerate())
-        .map(|(i, part)| async move {
-            let key = format!("{name_prefix}{}", part.key);
-            let damaged =
-                |why: String| Error::new(ErrorKind::Corrupt, format!("checkpoint part {key} is damaged: {why}"));
-            let (bytes, _) = store.get(&key).await.map_err(|e| match e.kind() {
-                ErrorKind::NotFound => damaged("it is not in the store".to_owned()).with_source(e),
-                _ => e.context(format!("reading checkpoint part {key}")),
-            })?;
-            if bytes.len() as u64 != part.bytes {
-                return Err(damaged(format!("it has {} bytes, the manifest says {}", bytes.len(), part.bytes)));
-            }
-            if sha256_hex(&bytes) != part.sha256 {
-                return Err(damaged("its SHA-256 is not what the manifest says".to_owned()));
-            }
-            let expect = Expect {
-                ident: Ident { volume: m.uuid, number: image.number },
-                kind,
-                part: i as u32,
-                parts: image.parts.len() as u32,
-                volume_blocks: m.size_bytes / BLOCK as u64,
-            };
-            decode_part(&bytes, &expect).map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
-        })
+    stream::iter(0..image.parts.len())
+        .map(|i| load_part(store, name_prefix, m, image, kind, i))
         .buffered(PARALLEL_PARTS)
         .try_collect()
         .await
+}
+
+async fn load_part(
+    store: &dyn Store,
+    name_prefix: &str,
+    m: &Manifest,
+    image: &Image,
+    kind: PartKind,
+    i: usize,
+) -> Result<Part> {
+    let part = &image.parts[i];
+    let key = format!("{name_prefix}{}", part.key);
+    let damaged = |why: String| Error::new(ErrorKind::Corrupt, format!("checkpoint part {key} is damaged: {why}"));
+    let (bytes, _) = store.get(&key).await.map_err(|e| match e.kind() {
+        ErrorKind::NotFound => damaged("it is not in the store".to_owned()).with_source(e),
+        _ => e.context(format!("reading checkpoint part {key}")),
+    })?;
+    if bytes.len() as u64 != part.bytes {
+        return Err(damaged(format!("it has {} bytes, the manifest says {}", bytes.len(), part.bytes)));
+    }
+    if sha256_hex(&bytes) != part.sha256 {
+        return Err(damaged("its SHA-256 is not what the manifest says".to_owned()));
+    }
+    let expect = Expect {
+        ident: Ident { volume: m.uuid, number: image.number },
+        kind,
+        part: i as u32,
+        parts: image.parts.len() as u32,
+        volume_blocks: m.size_bytes / BLOCK as u64,
+    };
+    decode_part(&bytes, &expect).map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
+}
+
+/// Every part of the checkpoint that cannot be used, with the reason: [`load_images`] stops at the first.
+///
+/// # Errors
+/// The store's, and those of a newer program's parts.
+pub(super) async fn damaged_parts(store: &dyn Store, name_prefix: &str, m: &Manifest) -> Result<Vec<(String, Error)>> {
+    let Some(c) = &m.checkpoint else { return Ok(Vec::new()) };
+    let images = [Some((&c.full, PartKind::Full)), c.delta.as_ref().map(|d| (d, PartKind::Delta))];
+    let mut bad = Vec::new();
+    for (image, kind) in images.into_iter().flatten() {
+        for (i, part) in image.parts.iter().enumerate() {
+            match load_part(store, name_prefix, m, image, kind, i).await {
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Corrupt => bad.push((format!("{name_prefix}{}", part.key), e)),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(bad)
 }

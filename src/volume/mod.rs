@@ -9,6 +9,7 @@
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
+//! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
 //! - The maps are at every moment the state of the log's completed prefix over the applied groups.
@@ -17,6 +18,7 @@
 pub mod admin;
 pub mod attach;
 pub mod background;
+pub mod damage;
 pub mod engine;
 pub mod host;
 mod images;
@@ -24,6 +26,7 @@ pub mod lane;
 pub mod recover;
 mod start;
 pub mod throttle;
+pub mod verify;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

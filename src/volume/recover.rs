@@ -18,7 +18,7 @@ use crate::map::{GroupUpdate, Maps};
 use crate::store::Store;
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, Nonce, Seq};
 
-const PARALLEL_HEADERS: usize = 16;
+pub(super) const PARALLEL_HEADERS: usize = 16;
 
 /// The newest complete state in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +49,20 @@ pub fn checkpoint_end(m: &Manifest) -> StoreEnd {
 /// `Corrupt` when a header cannot be read, or a group that another one relies on is not whole; the store's.
 pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &Maps) -> Result<StoreEnd> {
     let mut end = checkpoint_end(m);
+    let keys = newer_chunks(store, prefix, m, &mut end).await?;
+    let headers: Vec<ChunkHeader> =
+        stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).try_collect().await?;
+    apply_headers(&store.url(), m, headers, maps, &mut end)?;
+    Ok(end)
+}
+
+/// The keys of the chunks after the checkpoint, in order, under the epochs that own their numbers. Others are counted.
+pub(super) async fn newer_chunks(
+    store: &dyn Store,
+    prefix: &str,
+    m: &Manifest,
+    end: &mut StoreEnd,
+) -> Result<Vec<String>> {
     let folder = format!("{prefix}chunks/");
     // No epoch or nonce sorts above these: everything of the checkpoint's last number is skipped.
     let after = header::key(prefix, end.last_chunk, Epoch(u64::from(u32::MAX)), Nonce(u64::MAX));
@@ -57,28 +71,38 @@ pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &
         .await
         .map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
     let mut keys = Vec::new();
-    for object in &listed {
+    for object in listed {
         let Some((chunk, epoch, nonce)) = object.key.strip_prefix(&folder).and_then(header::parse_key) else {
             continue;
         };
         if chunk > end.last_chunk && m.owner(chunk) == Some((epoch, nonce)) {
-            keys.push(object.key.clone());
+            keys.push(object.key);
         } else {
             end.ignored += 1;
         }
     }
-    let headers: Vec<ChunkHeader> = stream::iter(&keys)
-        .map(|key| async move {
-            let h = fetch_header(store, key).await?;
-            if h.volume == m.uuid {
-                Ok(h)
-            } else {
-                Err(Error::new(ErrorKind::Corrupt, format!("{key} belongs to another volume ({})", h.volume)))
-            }
-        })
-        .buffered(PARALLEL_HEADERS)
-        .try_collect()
-        .await?;
+    Ok(keys)
+}
+
+/// The header of one of them.
+pub(super) async fn newer_header(store: &dyn Store, m: &Manifest, key: &str) -> Result<ChunkHeader> {
+    let h = fetch_header(store, key).await?;
+    if h.volume == m.uuid {
+        Ok(h)
+    } else {
+        Err(Error::new(ErrorKind::Corrupt, format!("{key} belongs to another volume ({})", h.volume)))
+    }
+}
+
+/// Applies the whole groups among chunks after the checkpoint. After an error `maps` and `end` are as of the last group
+/// before it.
+pub(super) fn apply_headers(
+    url: &str,
+    m: &Manifest,
+    headers: Vec<ChunkHeader>,
+    maps: &Maps,
+    end: &mut StoreEnd,
+) -> Result<()> {
     let relied_on = headers.iter().map(|h| h.applied_through).max().unwrap_or_default();
     let mut groups: BTreeMap<GroupNo, Vec<ChunkHeader>> = BTreeMap::new();
     for h in headers {
@@ -90,28 +114,9 @@ pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &
             end.ignored += chunks.len();
             continue;
         }
-        let mut update = GroupUpdate { last: chunks[0].through, ..GroupUpdate::default() };
-        let mut free_from = 0;
-        for h in &chunks {
-            for e in &h.extents {
-                let until = e.block.0.checked_add(e.blocks).filter(|u| *u <= m.size_bytes / BLOCK as u64);
-                match until {
-                    Some(until) if e.block.0 >= free_from => free_from = until,
-                    _ => {
-                        return Err(Error::new(
-                            ErrorKind::Corrupt,
-                            format!(
-                                "chunk {} of volume {:?} has an extent at block {} that does not fit the volume or its group",
-                                h.chunk, m.name, e.block
-                            ),
-                        ));
-                    }
-                }
-            }
-            update.extents.extend(map_extents(h, 0));
-            end.last_chunk = end.last_chunk.max(h.chunk);
-        }
+        let update = group_update(m, &chunks)?;
         maps.apply_group(&update);
+        end.last_chunk = chunks.iter().map(|h| h.chunk).fold(end.last_chunk, ChunkNo::max);
         end.group = group;
         end.through = update.last;
     }
@@ -119,14 +124,38 @@ pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!(
-                "group {} of volume {:?} is not whole in {}, but a later chunk says that group {relied_on} was: objects are missing",
+                "group {} of volume {:?} is not whole in {url}, but a later chunk says that group {relied_on} was: objects are missing",
                 end.group.next(),
-                m.name,
-                store.url()
+                m.name
             ),
         ));
     }
-    Ok(end)
+    Ok(())
+}
+
+/// What a whole group changes.
+fn group_update(m: &Manifest, chunks: &[ChunkHeader]) -> Result<GroupUpdate> {
+    let mut update = GroupUpdate { last: chunks[0].through, ..GroupUpdate::default() };
+    let mut free_from = 0;
+    for h in chunks {
+        for e in &h.extents {
+            let until = e.block.0.checked_add(e.blocks).filter(|u| *u <= m.size_bytes / BLOCK as u64);
+            match until {
+                Some(until) if e.block.0 >= free_from => free_from = until,
+                _ => {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "chunk {} of volume {:?} has an extent at block {} that does not fit the volume or its group",
+                            h.chunk, m.name, e.block
+                        ),
+                    ));
+                }
+            }
+        }
+        update.extents.extend(map_extents(h, 0));
+    }
+    Ok(update)
 }
 
 fn is_whole(chunks: &[ChunkHeader], after: Seq) -> bool {
