@@ -20,13 +20,13 @@ use crate::volume::lane::VolumeLane;
 use crate::volume::{Volume, admin, verify};
 use crate::wal;
 
-pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::disk::file::sync_parent;
+pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
-pub(super) use crate::wal::codec::{LogPos, RecordKind};
 pub(super) use crate::volume::verify::Progress;
+pub(super) use crate::wal::codec::{LogPos, RecordKind};
 pub(super) use crate::wal::create::MAX_LOG_BYTES;
 pub(super) use crate::wal::inspect::{BadBlock, End, Inspection, Item, Piece, Standing};
 
