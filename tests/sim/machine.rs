@@ -30,6 +30,8 @@ struct Write {
     number: u64,
     offset: usize,
     data: Vec<u8>,
+    /// On stable storage already. It stays in the list to keep its place: what was written there before lies below it.
+    pinned: bool,
 }
 
 enum What {
@@ -131,9 +133,9 @@ impl SimDisk {
                 lay(&mut s.visible, write.offset, &write.data);
                 if dsync && result.is_ok() {
                     lay(&mut s.platter, write.offset, &write.data);
-                } else {
-                    s.unsynced.push(write);
+                    write.pinned = true;
                 }
+                s.unsynced.push(write);
             }
             What::Sync { covers } => {
                 if std::mem::take(&mut s.fail_sync) {
@@ -178,7 +180,12 @@ impl SimDisk {
                         1 => w.data.len(),
                         _ => rng.below((w.data.len() / SECTOR) as u64) as usize * SECTOR,
                     };
-                    let w = Write { number: n.ended_writes, offset: w.offset, data: w.data[..keep].to_vec() };
+                    let w = Write {
+                        number: n.ended_writes,
+                        offset: w.offset,
+                        data: w.data[..keep].to_vec(),
+                        pinned: false,
+                    };
                     n.ended_writes += 1;
                     lay(&mut n.visible, w.offset, &w.data);
                     n.unsynced.push(w);
@@ -192,6 +199,7 @@ impl SimDisk {
                 let lost = rng.below(4);
                 for w in s.unsynced.iter().chain(flying) {
                     match rng.below(4) {
+                        _ if w.pinned => lay(&mut image, w.offset, &w.data),
                         n if n < lost => {}
                         3 => {
                             for (i, sector) in w.data.chunks(SECTOR).enumerate() {
@@ -246,7 +254,8 @@ impl Disk for SimDisk {
         assert!(bufs.len() <= 1000, "a vectored write takes 1000 buffers, not {}", bufs.len());
         let mut data = Vec::with_capacity(bufs.iter().map(IoBuf::len).sum());
         bufs.iter().for_each(|b| data.extend_from_slice(b.bytes()));
-        self.submit(What::Write { write: Write { number: 0, offset: offset as usize, data }, dsync }).await
+        self.submit(What::Write { write: Write { number: 0, offset: offset as usize, data, pinned: false }, dsync })
+            .await
     }
 
     async fn sync(&self) -> io::Result<()> {
