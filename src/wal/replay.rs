@@ -132,7 +132,7 @@ pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots
     });
     let walked = walk_all(disk, &geometry, &chain).await?;
     let beyond = walk_all(disk, &geometry, &dangling).await?;
-    out.durable = walked.iter().chain(&beyond).map(Walked::durable).max().unwrap_or_default();
+    out.durable = walked.iter().chain(&beyond).map(|w| w.durable(out.packed)).max().unwrap_or_default();
     out.torn_bytes = beyond.iter().map(Walked::valid_bytes).sum();
     let missing = assemble(disk, &geometry, &chain, &walked, &mut out).await?;
     damage = damage.or(missing);
@@ -194,8 +194,12 @@ async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geo
 }
 
 impl Walked {
-    fn durable(&self) -> LogPos {
-        self.records.iter().chain(&self.past_gap).map(|r| r.placement.durable).max().unwrap_or_default()
+    /// The highest durable mark that matters. What a record vouches for lies before it: where all of that is packed, it may be gone, and
+    /// is when the segment is being written over.
+    fn durable(&self, packed: Seq) -> LogPos {
+        let all = self.records.iter().chain(&self.past_gap);
+        let matters = all.filter(|r| r.placement.first_seq > packed.next());
+        matters.map(|r| r.placement.durable).max().unwrap_or_default()
     }
 
     fn valid_bytes(&self) -> u64 {
