@@ -1,14 +1,16 @@
 //! The volume when things go wrong: lost hosts, damaged and missing objects, rot in the log, a store that fails.
 
+mod damage_support;
 mod support_rng;
 mod volume_support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use damage_support::{flip, name, objects, three_groups};
 use support_rng::Rng;
 use vb_ublk::chunk::header::HEADER_ROOM;
 use vb_ublk::disk::IoBuf;
@@ -18,37 +20,14 @@ use vb_ublk::store::fault::{Fault, FaultStore};
 use vb_ublk::store::memory::MemoryStore;
 use vb_ublk::store::{Op, StoreUrl};
 use vb_ublk::units::{BLOCK, Lba, Nonce, SECTOR};
+use vb_ublk::volume::Command;
 use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
-use vb_ublk::volume::{Command, Volume};
-use volume_support::{Bench, TestLane, block_on, buf_of, churn, compare, on_lane};
+use volume_support::{Bench, TestLane, block_on, buf_of, churn, compare, drain, get, on_lane, put};
 
 fn force(bench: &Bench) -> Result<Host> {
     Host::attach(AttachOptions { force: true, ..bench.options() })
-}
-
-fn drain(volume: &Volume) {
-    block_on(volume.command(Command::Drain)).unwrap();
-}
-
-/// The objects of a folder of the volume, in order.
-fn objects(bench: &Bench, folder: &str) -> Vec<PathBuf> {
-    let dir = bench.dir.path().join("store/vol").join(folder);
-    let mut all: Vec<PathBuf> = fs::read_dir(dir).map(|d| d.map(|e| e.unwrap().path()).collect()).unwrap_or_default();
-    all.retain(|p| !p.file_name().unwrap().to_string_lossy().starts_with('.'));
-    all.sort();
-    all
-}
-
-fn name(p: &Path) -> String {
-    p.file_name().unwrap().to_string_lossy().into_owned()
-}
-
-fn flip(path: &Path, at: usize) {
-    let mut bytes = fs::read(path).unwrap();
-    bytes[at] ^= 0x10;
-    fs::write(path, bytes).unwrap();
 }
 
 fn manifest(bench: &Bench) -> Manifest {
@@ -61,19 +40,6 @@ fn refused(result: Result<Host>, kind: ErrorKind, names: &str) {
     let text = e.to_string();
     assert_eq!(e.kind(), kind, "{text}");
     assert!(!text.contains('\n') && text.contains(names), "{text:?} should name {names}");
-}
-
-async fn put(e: &TestLane, block: u64, blocks: usize, fill: u8) {
-    e.write(Lba(block * 8), buf_of(&vec![fill; blocks * BLOCK]), false).await.unwrap();
-}
-
-/// What a block holds, if it is all one byte.
-async fn get(e: &TestLane, block: u64) -> std::result::Result<u8, IoFault> {
-    let b = IoBuf::zeroed(BLOCK);
-    e.read(Lba(block * 8), b.clone()).await?;
-    let first = b.bytes()[0];
-    assert!(b.bytes().iter().all(|x| *x == first), "block {block} is a mixture");
-    Ok(first)
 }
 
 /// Per sector, the number of the request that wrote it last; 0: zeros.
@@ -245,24 +211,6 @@ fn a_damaged_checkpoint_part_is_refused() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| assert_eq!(get(&e, 3).await, Ok(9)));
     host.detach().unwrap();
-}
-
-/// Three groups: blocks 0 to 9 hold 1, 10 to 19 hold 2, 20 to 29 hold 3; a chunk each.
-fn three_groups(clean: bool) -> Bench {
-    let bench = Bench::new(1 << 20);
-    let host = bench.attach().unwrap();
-    for n in 0..3u8 {
-        on_lane(host.volume(), async |e| put(&e, u64::from(n) * 10, 10, n + 1).await);
-        drain(host.volume());
-    }
-    if clean {
-        host.detach().unwrap()
-    } else {
-        host.abandon().unwrap()
-    }
-    bench.wipe_local();
-    assert_eq!(objects(&bench, "chunks").len(), 3);
-    bench
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Verifying a volume: all damage is told, by its sectors where it has any, and nothing else is.
 
+mod damage_support;
 mod support_rng;
 #[expect(dead_code, reason = "nothing here has to wait")]
 mod volume_support;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Output, Stdio};
 use std::sync::Arc;
 
+use damage_support::{flip, name, objects, three_groups};
 use serde_json::Value;
 use support_rng::Rng;
 use vb_ublk::chunk::header::HEADER_ROOM;
@@ -23,8 +25,7 @@ use vb_ublk::volume::damage::{DamageKind, Report};
 use vb_ublk::volume::engine::Engine;
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::verify::{Progress, verify};
-use vb_ublk::volume::{Command, Volume};
-use volume_support::{Bench, TestLane, block_on, buf_of, churn, compare, on_lane};
+use volume_support::{Bench, block_on, buf_of, churn, compare, drain, on_lane, put};
 
 /// Where something is damaged: sectors, and how many.
 type Place = (DamageKind, Option<u64>, Option<u64>);
@@ -83,57 +84,12 @@ fn everything(bench: &Bench) -> BTreeMap<PathBuf, Vec<u8>> {
     all
 }
 
-/// The objects of a folder of the volume, in order.
-fn objects(bench: &Bench, folder: &str) -> Vec<PathBuf> {
-    let dir = bench.dir.path().join("store/vol").join(folder);
-    let mut all: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
-    all.retain(|p| !name(p).starts_with('.'));
-    all.sort();
-    all
-}
-
-fn name(p: &Path) -> String {
-    p.file_name().unwrap().to_string_lossy().into_owned()
-}
-
-fn flip(path: &Path, at: usize) {
-    let mut bytes = fs::read(path).unwrap();
-    bytes[at] ^= 0x10;
-    fs::write(path, bytes).unwrap();
-}
-
 fn flip_block(path: &Path, block: usize) {
     flip(path, HEADER_ROOM + block * BLOCK + 77);
 }
 
 fn cut(path: &Path, bytes: usize) {
     fs::write(path, &fs::read(path).unwrap()[..bytes]).unwrap();
-}
-
-fn drain(volume: &Volume) {
-    block_on(volume.command(Command::Drain)).unwrap();
-}
-
-async fn put(e: &TestLane, block: u64, blocks: usize, fill: u8) {
-    e.write(Lba(block * 8), buf_of(&vec![fill; blocks * BLOCK]), false).await.unwrap();
-}
-
-/// Three groups: blocks 0 to 9 hold 1, 10 to 19 hold 2, 20 to 29 hold 3; a chunk each.
-fn three_groups(clean: bool) -> Bench {
-    let bench = Bench::new(1 << 20);
-    let host = bench.attach().unwrap();
-    for n in 0..3u8 {
-        on_lane(host.volume(), async |e| put(&e, u64::from(n) * 10, 10, n + 1).await);
-        drain(host.volume());
-    }
-    if clean {
-        host.detach().unwrap()
-    } else {
-        host.abandon().unwrap()
-    }
-    bench.wipe_local();
-    assert_eq!(objects(&bench, "chunks").len(), 3);
-    bench
 }
 
 /// Exactly those sectors fail to be read that the report names.

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 
 use super::header::{ChunkHeader, HEADER_ROOM};
-use super::reader::{WHOLE, good_sectors, parse_header};
+use super::reader::{WHOLE, good_sectors, parse_header, sectors_good};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::Location;
 use crate::store::Store;
@@ -212,7 +212,7 @@ impl Checked {
     }
 
     fn lost_sectors(&mut self, block: BlockNo, good: u8) {
-        for s in (0..SECTORS_PER_BLOCK).filter(|s| good & (1 << s) == 0) {
+        for s in (0..SECTORS_PER_BLOCK).filter(|s| !sectors_good(good, *s, s + 1)) {
             self.push(Lba(block.lba().0 + s), 1, &Fault::Lost);
         }
     }

@@ -23,10 +23,10 @@ pub(super) fn run(settings: &Settings, args: &AddArgs) -> Result<()> {
         Some(plan) => plan,
         None => plan(settings, args)?,
     };
-    if args.foreground {
-        return serve::run(plan, &Told::terminal());
+    match plan.state.daemon_log.clone() {
+        Some(log) => print(&format!("{}\n", serve::in_daemon(plan, &log)?)),
+        None => serve::run(plan, &Told::terminal()),
     }
-    print(&format!("{}\n", recover::serve_in_daemon(plan)?))
 }
 
 /// The device that a dead daemon left of the volume, to be taken up as it is.

@@ -52,7 +52,7 @@ pub(super) fn run(run: &RunDir, args: &DelArgs) -> Result<()> {
 
 /// Removes a device that nobody serves and nobody knows.
 fn orphan(n: u32, force: bool) -> Result<()> {
-    if !engine::orphans(&[])?.iter().any(|d| d.id == n) {
+    if engine::device(n)?.is_none_or(|d| d.is_served()) {
         let what = format!("/dev/ublkb{n} serves no volume of vb-ublk: `vb-ublk list` shows those that do");
         return Err(Error::new(ErrorKind::NotFound, what));
     }

@@ -21,7 +21,7 @@ use crate::volume::{Volume, admin, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
-pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceState, DeviceStatus, StopHandle, device_path};
+pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
@@ -222,12 +222,8 @@ pub(super) fn device(id: u32) -> Result<Option<ublk::DeviceStatus>> {
 
 /// The devices without a living server, of this program or another, that are not among `known`.
 pub(super) fn orphans(known: &[u32]) -> Result<Vec<ublk::DeviceStatus>> {
-    // Without a driver there are none.
-    if !Path::new("/dev/ublk-control").exists() {
-        return Ok(Vec::new());
-    }
     let mut devices = ublk::list_devices()?;
-    devices.retain(|d| !known.contains(&d.id) && (d.state != DeviceState::Live || !ublk::is_alive(d.pid)));
+    devices.retain(|d| !known.contains(&d.id) && !d.is_served());
     Ok(devices)
 }
 

@@ -12,10 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::args::WhichArgs;
-use super::daemonize::{Side, daemonize};
 use super::engine::{self, AttachOptions, DeviceSpec};
 use super::output::print;
-use super::serve::{self, Plan, Told};
+use super::serve::{self, Plan};
 use super::settings::Settings;
 use super::state::{Held, How, RunDir, State};
 use super::{control, pause};
@@ -102,31 +101,7 @@ fn one(settings: &Settings, run: &RunDir, state: &State, verb: Verb) -> Result<S
         let what = format!("volume {} left no device: attach it with `vb-ublk add --volume {0}`", state.volume);
         Error::new(ErrorKind::NotFound, what)
     })?;
-    serve_in_daemon(plan)
-}
-
-/// Serves in a process of its own; returns the device's path.
-pub(super) fn serve_in_daemon(plan: Plan) -> Result<String> {
-    let Some(log) = plan.state.daemon_log.clone() else {
-        return Err(Error::new(ErrorKind::Internal, "a daemon without a log"));
-    };
-    match daemonize(&log)? {
-        Side::Parent(device) => Ok(device),
-        Side::Child(reporter) => {
-            let told = Told::parent(reporter);
-            let mut plan = plan;
-            plan.state.pid = std::process::id();
-            let code = match serve::run(plan, &told) {
-                Ok(()) => 0,
-                Err(e) => {
-                    tracing::error!("{e}");
-                    told.failed(&e);
-                    1
-                }
-            };
-            std::process::exit(code)
-        }
-    }
+    serve::in_daemon(plan, &run.log_path(&state.volume))
 }
 
 /// How to take up the device that a dead process left of `volume`; `None` when there is none.

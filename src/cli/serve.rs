@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::control::{self, Daemon};
-use super::daemonize::Reporter;
+use super::daemonize::{Reporter, Side, daemonize};
 use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, StopHandle, View};
 use super::notify::{Word, tell};
 use super::output::print;
@@ -52,7 +52,7 @@ impl Told {
     }
 
     /// The process that started this one.
-    pub(super) fn parent(reporter: Reporter) -> Self {
+    fn parent(reporter: Reporter) -> Self {
         Self { reporter: RefCell::new(Some(reporter)), foreground: false }
     }
 
@@ -169,6 +169,26 @@ impl Daemon for Answers {
         self.0.begin_stop(force)?;
         tracing::info!("asked to detach");
         Ok(())
+    }
+}
+
+/// Serves in a process of its own, which writes to `log`; returns the device's path once it serves.
+pub(super) fn in_daemon(mut plan: Plan, log: &Path) -> Result<String> {
+    match daemonize(log)? {
+        Side::Parent(device) => Ok(device),
+        Side::Child(reporter) => {
+            let told = Told::parent(reporter);
+            plan.state.pid = std::process::id();
+            let code = match run(plan, &told) {
+                Ok(()) => 0,
+                Err(e) => {
+                    tracing::error!("{e}");
+                    told.failed(&e);
+                    1
+                }
+            };
+            std::process::exit(code)
+        }
     }
 }
 

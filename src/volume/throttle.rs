@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// From this share of the log on, writes are paced.
-const START: f64 = 0.5;
+pub(super) const START: f64 = 0.5;
 /// Writes are never paced slower than this share of the log per second, however slow the store: an outage is to find the
 /// log's second half usable, and a full log stops them anyway.
 const FLOOR_OF_LOG: f64 = 1.0 / 64.0;

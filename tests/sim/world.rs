@@ -374,14 +374,15 @@ impl World {
         self.new_host();
         let second = self.next_life(load, &clock, &spawner);
         let (second_disk, judged) = (second.disk.clone(), second.judged.clone());
-        let (shared, patience) = (self.shared.clone(), std::time::Duration::from_millis(self.draw(4000)));
+        let (shared, timer) = (self.shared.clone(), clock.clone());
+        let patience = std::time::Duration::from_millis(self.draw(4000));
         let root = async move {
             let served = first.judged.clone();
             let taking = async {
                 while !served.get() {
-                    clock_of(&second).sleep(std::time::Duration::from_millis(50)).await;
+                    timer.sleep(std::time::Duration::from_millis(50)).await;
                 }
-                clock_of(&second).sleep(patience).await;
+                timer.sleep(patience).await;
                 shared.owner.set(None);
                 live(second).await;
             };
@@ -422,10 +423,6 @@ struct Life {
     load: Load,
     /// Its state was found to keep the rule.
     judged: Rc<Cell<bool>>,
-}
-
-fn clock_of(life: &Life) -> SimClock {
-    life.clock.clone()
 }
 
 impl Life {

@@ -20,7 +20,7 @@ use vb_ublk::units::Lba;
 use vb_ublk::volume::Command;
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
-use volume_support::{Bench, block_on, buf_of, churn, compare, on_lane, on_lane_with};
+use volume_support::{Bench, block_on, buf_of, churn, compare, drain, on_lane, on_lane_with};
 
 const SIZE: usize = 32 << 20;
 
@@ -50,7 +50,7 @@ fn what_was_written_is_read_and_found_again_from_the_store_alone() {
             e.flush().await.unwrap();
             compare(&e, &model, "from the log").await;
         });
-        block_on(host.volume().command(Command::Drain)).unwrap();
+        drain(host.volume());
         let sent = host.volume().status().store_requests;
         assert!(sent.put.requests > 0 && sent.put.bytes_out > 1 << 20 && sent.put.errors == 0, "{sent:?}");
         on_lane(host.volume(), async |e| {
@@ -82,7 +82,7 @@ fn a_dead_process_loses_nothing_on_its_own_host() {
             churn(&e, &mut model, &mut rng, 300).await;
         });
         if round % 2 == 1 {
-            block_on(host.volume().command(Command::Drain)).unwrap();
+            drain(host.volume());
             on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 100).await);
         }
         host.abandon().unwrap();
@@ -214,7 +214,7 @@ fn a_store_that_is_away_damages_nothing() {
     let bench = Bench::new(1 << 20);
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| e.write(Lba(0), buf_of(&[1; 4096]), false).await.unwrap());
-    block_on(host.volume().command(Command::Drain)).unwrap();
+    drain(host.volume());
     take_store_away(&bench);
     on_lane(host.volume(), async |e| e.write(Lba(0), buf_of(&[2; 512]), false).await.unwrap());
     let volume = host.volume().clone();

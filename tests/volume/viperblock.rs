@@ -4,41 +4,24 @@
 
 use std::time::{Duration, Instant};
 
-use crate::volume_support::{Bench, TestLane, block_on, buf_of, on_lane, pause};
-use vb_ublk::disk::IoBuf;
+use crate::volume_support::{Bench, buf_of, drain, get, on_lane, pause, put};
 use vb_ublk::error::ErrorKind;
 use vb_ublk::units::Lba;
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::Host;
-use vb_ublk::volume::{Command, Volume};
 
 const SIZE: usize = 64 << 20;
 const BLOCK: usize = 4096;
-
-async fn fill(e: &TestLane, block: u64, blocks: usize, byte: u8) {
-    e.write(Lba(block * 8), buf_of(&vec![byte; blocks * BLOCK]), false).await.unwrap();
-}
-
-async fn byte_of(e: &TestLane, block: u64) -> Result<u8, IoFault> {
-    let b = IoBuf::zeroed(BLOCK);
-    e.read(Lba(block * 8), b.clone()).await?;
-    assert!(b.bytes().iter().all(|x| *x == b.bytes()[0]), "block {block} is mixed");
-    Ok(b.bytes()[0])
-}
-
-fn drain(volume: &Volume) {
-    block_on(volume.command(Command::Drain)).unwrap();
-}
 
 /// There: lost after a crash, because the run's blocks came back from the uploaded object.
 #[test]
 fn an_overwrite_in_the_middle_of_an_uploaded_run_survives_a_crash() {
     let bench = Bench::new(SIZE);
     let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| fill(&e, 0, 256, 1).await);
+    on_lane(host.volume(), async |e| put(&e, 0, 256, 1).await);
     drain(host.volume());
     on_lane(host.volume(), async |e| {
-        fill(&e, 100, 1, 2).await;
+        put(&e, 100, 1, 2).await;
         e.flush().await.unwrap();
     });
     host.abandon().unwrap();
@@ -46,11 +29,7 @@ fn an_overwrite_in_the_middle_of_an_uploaded_run_survives_a_crash() {
         let host = bench.attach().unwrap();
         on_lane(host.volume(), async |e| {
             for block in 0..256 {
-                assert_eq!(
-                    byte_of(&e, block).await,
-                    Ok(if block == 100 { 2 } else { 1 }),
-                    "round {round}, block {block}"
-                );
+                assert_eq!(get(&e, block).await, Ok(if block == 100 { 2 } else { 1 }), "round {round}, block {block}");
             }
         });
         // The second time from the store alone.
@@ -66,7 +45,7 @@ fn the_log_gives_its_room_back_while_attached() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| {
         for i in 0..160 {
-            fill(&e, i % 64 * 256, 256, i as u8).await;
+            put(&e, i % 64 * 256, 256, i as u8).await;
         }
     });
     // 160 MiB have gone through a log of 64.
@@ -84,12 +63,12 @@ fn the_log_gives_its_room_back_while_attached() {
 fn a_trim_takes_blocks_out_of_the_volume() {
     let bench = Bench::new(SIZE);
     let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| fill(&e, 0, 1024, 9).await);
+    on_lane(host.volume(), async |e| put(&e, 0, 1024, 9).await);
     drain(host.volume());
     assert_eq!(host.volume().status().mapped_blocks, 1024);
     on_lane(host.volume(), async |e| {
         e.discard(Lba(8 * 24), 8 * 1000, false).await.unwrap();
-        assert_eq!(byte_of(&e, 500).await, Ok(0));
+        assert_eq!(get(&e, 500).await, Ok(0));
     });
     drain(host.volume());
     assert_eq!(host.volume().status().mapped_blocks, 24);
@@ -101,12 +80,12 @@ fn a_trim_takes_blocks_out_of_the_volume() {
 fn zeroing_stores_no_zeros() {
     let bench = Bench::new(SIZE);
     let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| fill(&e, 0, 64, 9).await);
+    on_lane(host.volume(), async |e| put(&e, 0, 64, 9).await);
     drain(host.volume());
     let before = host.volume().status().store_requests.put.bytes_out;
     on_lane(host.volume(), async |e| {
         e.write_zeroes(Lba(0), (SIZE / 512) as u64, true).await.unwrap();
-        assert_eq!(byte_of(&e, 63).await, Ok(0));
+        assert_eq!(get(&e, 63).await, Ok(0));
     });
     drain(host.volume());
     let status = host.volume().status();
@@ -120,7 +99,7 @@ fn zeroing_stores_no_zeros() {
 fn what_the_store_hands_out_is_checked() {
     let bench = Bench::new(SIZE);
     let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| fill(&e, 0, 16, 9).await);
+    on_lane(host.volume(), async |e| put(&e, 0, 16, 9).await);
     host.detach().unwrap();
     let folder = bench.dir.path().join("store/vol/chunks");
     let chunk = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
@@ -131,7 +110,7 @@ fn what_the_store_hands_out_is_checked() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| {
         for block in 0..16 {
-            assert_eq!(byte_of(&e, block).await, if block == 11 { Err(IoFault::Io) } else { Ok(9) }, "block {block}");
+            assert_eq!(get(&e, block).await, if block == 11 { Err(IoFault::Io) } else { Ok(9) }, "block {block}");
         }
     });
     host.detach().unwrap();

@@ -9,12 +9,12 @@ use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::Result;
 use vb_ublk::lane::{Driver, Lane, LaneDisk, LaneTimer, OwnRing, RingMode};
 use vb_ublk::store::{StoreOptions, StoreUrl, open};
-use vb_ublk::units::{Lba, SECTOR};
-use vb_ublk::volume::Volume;
+use vb_ublk::units::{BLOCK, Lba, SECTOR};
 use vb_ublk::volume::admin::{self, CreateOptions};
-use vb_ublk::volume::engine::Engine;
+use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::lane::VolumeLane;
+use vb_ublk::volume::{Command, Volume};
 
 use crate::support_rng::Rng;
 
@@ -115,6 +115,25 @@ pub(crate) fn buf_of(bytes: &[u8]) -> IoBuf {
     let b = IoBuf::zeroed(bytes.len());
     b.copy_in(0, bytes);
     b
+}
+
+/// Brings everything that is complete to the store.
+pub(crate) fn drain(volume: &Volume) {
+    block_on(volume.command(Command::Drain)).unwrap();
+}
+
+/// Fills whole blocks with a byte.
+pub(crate) async fn put(e: &TestLane, block: u64, blocks: usize, fill: u8) {
+    e.write(Lba(block * 8), buf_of(&vec![fill; blocks * BLOCK]), false).await.unwrap();
+}
+
+/// What a block holds, if it is all one byte.
+pub(crate) async fn get(e: &TestLane, block: u64) -> std::result::Result<u8, IoFault> {
+    let b = IoBuf::zeroed(BLOCK);
+    e.read(Lba(block * 8), b.clone()).await?;
+    let first = b.bytes()[0];
+    assert!(b.bytes().iter().all(|x| *x == first), "block {block} is a mixture");
+    Ok(first)
 }
 
 /// Random writes, discards and zeroings of all sizes, sixteen at a time, to the volume and to the model.

@@ -81,6 +81,12 @@ impl DeviceStatus {
         self.flags & both == both
     }
 
+    /// Whether a living process serves it.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.state == DeviceState::Live && is_alive(self.pid)
+    }
+
     /// From the driver's `ublksrv_ctrl_dev_info`.
     fn parse(b: &[u8; INFO_BYTES]) -> Self {
         let u16_at = |at: usize| u16::from_ne_bytes([b[at], b[at + 1]]);
@@ -285,7 +291,7 @@ pub fn delete_dead(id: u32) -> Result<()> {
     let Some(status) = control.info(id)? else {
         return Err(Error::new(ErrorKind::NotFound, format!("there is no /dev/ublkb{id}")));
     };
-    if status.state == DeviceState::Live && is_alive(status.pid) {
+    if status.is_served() {
         let what = format!("/dev/ublkb{id} is served by process {}: stop that instead", status.pid);
         return Err(Error::new(ErrorKind::Busy, what));
     }

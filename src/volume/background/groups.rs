@@ -11,6 +11,7 @@ use crate::disk::Disk;
 use crate::map::GroupUpdate;
 use crate::time::Timer;
 use crate::units::{ChunkNo, GroupNo};
+use crate::volume::throttle;
 use crate::wal::log::LogEntry;
 
 /// Data of a group, in bytes of log, at most: twice as much under backlog, when more is overwritten within a group.
@@ -29,8 +30,6 @@ const MAX_GROUPS: usize = 3;
 const CALM_LOG_READS: usize = 2;
 /// The same once it fills up, when writers wait for the uploads instead.
 const URGENT_LOG_READS: usize = 8;
-/// From this share of the log on it is urgent, as [`super::super::throttle`] has it.
-const URGENT: f64 = 0.5;
 const MAX_UPLOADS: usize = 16;
 /// Share of the newest group in the uploads' pace.
 const PACE_WEIGHT: f64 = 0.3;
@@ -58,7 +57,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let wanted = self.detach.is_some() || !self.drains.is_empty();
         let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;
         let idle = self.groups.is_empty();
-        if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > URGENT)) {
+        if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > throttle::START)) {
             return;
         }
         let most = if fill > 0.75 { 2 * usual } else { usual };
@@ -87,7 +86,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.cut = ticket.through;
         self.next_group = ticket.group.next();
         self.uncut_since = None;
-        self.build(ticket, entries, if fill > URGENT { URGENT_LOG_READS } else { CALM_LOG_READS });
+        self.build(ticket, entries, if fill > throttle::START { URGENT_LOG_READS } else { CALM_LOG_READS });
     }
 
     fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, log_reads: usize) {
