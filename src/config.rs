@@ -173,6 +173,8 @@ pub struct FileConfig {
     pub wal_device: Option<PathBuf>,
     /// `--wal-size` of `add` and `nbd`.
     pub wal_size: Option<ByteSize>,
+    /// `--io-timeout` of `add` and `nbd`, in seconds.
+    pub io_timeout: Option<u32>,
     /// `--strict` of `add` and `nbd`.
     pub strict: Option<bool>,
 }

@@ -62,6 +62,20 @@ stop_moto() {
 	rm "$W/moto.pid"
 }
 
+# The store does not answer from now on; it comes back as it was.
+store_away() {
+	case $E2E_STORE in
+	file) mv "$W/store" "$W/store-away" ;;
+	s3) kill -STOP "$(cat "$W/moto.pid")" ;;
+	esac
+}
+store_back() {
+	case $E2E_STORE in
+	file) mv "$W/store-away" "$W/store" ;;
+	s3) kill -CONT "$(cat "$W/moto.pid")" ;;
+	esac
+}
+
 # s3_request METHOD PATH SERVICE [FORM]: asks moto, which looks at no signature until it is told to.
 s3_request() {
 	curl -sf -X "$1" "http://127.0.0.1:$moto_port$2" -d "${4:-}" -H "Content-Type: ${5:-application/x-www-form-urlencoded}" \

@@ -1,5 +1,7 @@
 //! `add`: everything that can be checked is checked before the daemon is started.
 
+use std::time::Duration;
+
 use super::args::{AddArgs, MAX_QUEUES};
 use super::claim::take;
 use super::engine::{self, AttachOptions, CreateOptions, DeviceSpec};
@@ -126,11 +128,18 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         log_bytes,
         force: args.force,
         read_only: args.read_only,
+        io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
+        resume: false,
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);
     state.how = Some(How::of(&attach, strict));
     Ok(Plan { attach, create, spec, state, strict, run, held })
+}
+
+/// A limit on waiting as options give it; 0 is none.
+pub(super) fn limit(seconds: Option<u32>) -> Option<Duration> {
+    seconds.filter(|s| *s > 0).map(|s| Duration::from_secs(s.into()))
 }
 
 fn default_queues() -> u16 {

@@ -159,6 +159,10 @@ pub(crate) struct AddArgs {
     /// go before what the dead one had, and --foreground counts
     #[arg(long)]
     pub(crate) recover: bool,
+    /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
+    /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) io_timeout: Option<u32>,
     /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
     /// VB_UBLK_STRICT]
     #[arg(long)]
@@ -225,6 +229,10 @@ pub(crate) struct NbdArgs {
     /// The most that the write-ahead log of each volume takes [env: VB_UBLK_WAL_SIZE; default: 1G]
     #[arg(long, value_name = "SIZE")]
     pub(crate) wal_size: Option<ByteSize>,
+    /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
+    /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) io_timeout: Option<u32>,
     /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
     /// VB_UBLK_STRICT]
     #[arg(long)]

@@ -126,7 +126,14 @@ fn note(v: &Value) -> Option<String> {
         )),
         (_, None) => {
             let trouble = v.pointer("/engine/background/store_trouble")?.as_str()?;
-            Some(format!("{volume}: the store: {}\n", super::output::one_line(trouble)))
+            let since = v.pointer("/engine/background/store_trouble_secs").and_then(Value::as_f64);
+            let since = since.map_or_else(String::new, |s| format!(" (for {})", duration(s)));
+            let alone = if v["engine"]["confirmed"] == false {
+                "; until it answers, only what is in the log is read"
+            } else {
+                ""
+            };
+            Some(format!("{volume}: the store{since}: {}{alone}\n", super::output::one_line(trouble)))
         }
         (_, Some(failure)) => Some(format!("{volume}: {failure}\n")),
     }
@@ -188,6 +195,10 @@ mod tests {
         assert_eq!(note(&look(&run, &state).expect("look")).as_deref(), Some("v: no store\n"));
         let held = run.lock(&v).expect("lock").expect("free");
         assert_eq!(word(&state), "not answering");
+        let away = json!({ "volume": "v", "state": "serving", "failure": null, "engine": {
+            "confirmed": false, "background": { "store_trouble": "no\nanswer", "store_trouble_secs": 65.0 } } });
+        let said = "v: the store (for 1 min 5 s): no answer; until it answers, only what is in the log is read\n";
+        assert_eq!(note(&away).as_deref(), Some(said));
         let left = note(&json!({ "volume": null, "device": "/dev/ublkb12", "state": "orphaned" })).expect("a note");
         assert!(left.contains("del -n 12 --force"), "{left}");
         drop(held);

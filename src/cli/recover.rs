@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::add::limit;
 use super::args::WhichArgs;
 use super::engine::{self, AttachOptions, DeviceSpec};
 use super::output::print;
@@ -146,6 +147,8 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             log_bytes: how.log_bytes,
             force: false,
             read_only: how.read_only,
+            io_timeout: limit(how.io_timeout),
+            resume: true,
         },
         create: None,
         spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },
@@ -224,6 +227,7 @@ impl How {
             insecure: o.insecure,
             log_bytes: attach.log_bytes,
             read_only: attach.read_only,
+            io_timeout: attach.io_timeout.map(|t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX)),
             strict,
         }
     }

@@ -33,6 +33,8 @@ pub(crate) struct AddDefaults {
     pub(crate) depth: Option<u16>,
     pub(crate) log: Option<LogPlace>,
     pub(crate) wal_size: Option<ByteSize>,
+    /// In seconds.
+    pub(crate) io_timeout: Option<u32>,
     pub(crate) strict: bool,
 }
 
@@ -176,6 +178,7 @@ impl AddDefaults {
             depth: around.number("VB_UBLK_DEPTH")?.or(file.depth),
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
             wal_size: size.or(file.wal_size),
+            io_timeout: around.number("VB_UBLK_IO_TIMEOUT")?.or(file.io_timeout),
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
         })
     }
@@ -311,17 +314,19 @@ mod tests {
     fn what_add_does_unless_told_otherwise() {
         let none = Global::default();
         let add = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.add);
-        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nstrict = true\n";
+        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nio-timeout = 8\nstrict = true\n";
         let from_file = AddDefaults {
             queues: Some(1),
             depth: Some(2),
             log: Some(LogPlace::Dir("/file".into())),
             wal_size: Some(ByteSize(3 << 30)),
+            io_timeout: Some(8),
             strict: true,
         };
         assert_eq!(add(&[], "").expect("nothing"), AddDefaults::default());
         assert_eq!(add(&[], file).expect("file"), from_file);
-        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "STRICT"].map(|n| format!("VB_UBLK_{n}"));
+        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "IO_TIMEOUT", "STRICT"]
+            .map(|n| format!("VB_UBLK_{n}"));
         let empty: Vec<_> = empty.iter().map(|n| (n.as_str(), "")).collect();
         assert_eq!(add(&empty, file).expect("empty is not set"), from_file);
         let env = [
@@ -329,6 +334,7 @@ mod tests {
             ("VB_UBLK_DEPTH", "5"),
             ("VB_UBLK_WAL_DEVICE", "/dev/env"),
             ("VB_UBLK_WAL_SIZE", "6G"),
+            ("VB_UBLK_IO_TIMEOUT", "9"),
             ("VB_UBLK_STRICT", "no"),
         ];
         let from_env = AddDefaults {
@@ -336,6 +342,7 @@ mod tests {
             depth: Some(5),
             log: Some(LogPlace::Device("/dev/env".into())),
             wal_size: Some(ByteSize(6 << 30)),
+            io_timeout: Some(9),
             strict: false,
         };
         assert_eq!(add(&env, file).expect("env"), from_env);

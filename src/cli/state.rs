@@ -36,6 +36,9 @@ pub(crate) struct How {
     pub(crate) insecure: bool,
     pub(crate) log_bytes: u64,
     pub(crate) read_only: bool,
+    /// In seconds.
+    #[serde(default)]
+    pub(crate) io_timeout: Option<u32>,
     pub(crate) strict: bool,
 }
 

@@ -8,6 +8,7 @@
 
 pub mod fault;
 pub mod file;
+pub mod lazy;
 pub mod memory;
 pub mod metrics;
 pub mod probe;

@@ -1,41 +1,30 @@
-//! Attaching: take an epoch, find the volume's state in the store and in the log, in this order.
+//! Attaching: the log is replayed if it is ours, the volume is taken ([`super::take`]), and all that serves it is made.
 //!
-//! 1. The caller has locked the log and read its superblock, and has loaded the manifest.
-//! 2. A nonce is drawn and made durable in the superblock, so that a manifest that carries it is known as ours
-//!    even if the reply to the next step is lost.
-//! 3. The manifest is replaced, conditionally, by one with the next epoch and that nonce.
-//! 4. After an unclean end, where this epoch's own groups and chunk numbers begin is published. Only then may
-//!    anything be uploaded.
-//!
-//! Before step 2 the log is replayed if it is ours (if the previous attachment's nonce is one that its superblock
-//! knows), and before step 3 the base map is loaded, after an unclean end the whole groups beyond it are applied, and the
-//! log gets room: an attach that must be refused is refused before it has taken the volume.
+//! The caller has locked the log and read its superblock, and has loaded the manifest. The log is ours if the previous
+//! attachment's nonce is one that its superblock knows. It is replayed and gets room before the volume is taken: an
+//! attach that must be refused is refused before.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::background::{Attachment, Background};
-use super::images::{Images, load_images};
-use super::recover::{StoreEnd, apply_groups, checkpoint_end};
+use super::background::{Attachment, Background, Holding};
+use super::recover::checkpoint_end;
 use super::start::{Place, prepare_slots, start_log};
-use super::throttle::Throttle;
-use super::{BackgroundStatus, ReadRequest, Volume};
-use crate::chunk::reader::{ChunkReader, Keys};
+use super::take::{LogSays, take};
+use super::{Parts, ReadRequest, Volume};
+use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, Writer, prefix};
-use crate::map::Maps;
-use crate::store::{Store, probe};
+use crate::manifest::{Manifest, Published, Writer};
+use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{Nonce, SECTOR};
 use crate::wal::create::{SuperblockFile, new_superblock};
 use crate::wal::log::Geometry;
 use crate::wal::replay::{Replay, replay};
-
-/// Lanes' reads of chunks that may wait in the channel.
-const READ_QUEUE: usize = 1024;
 
 /// Who attaches, and how.
 #[derive(Debug, Clone)]
@@ -44,6 +33,8 @@ pub struct Request {
     pub force: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// How long a request may wait for the store; none: as long as it takes.
+    pub io_timeout: Option<Duration>,
     /// Who we are, for the manifest.
     pub writer: Writer,
     /// This attachment's nonce.
@@ -96,7 +87,7 @@ pub fn is_ours(sb: &SuperblockFile, m: &Manifest) -> bool {
 ///
 /// # Errors
 /// `Busy` when another host has it and `force` is not set, `Corrupt`, `Conflict` or `Fenced` when another attaches at the
-/// same time, the store's and the log's. Until step 3 nothing has changed in the store.
+/// same time, the store's and the log's. Nothing has changed in the store then, unless the log cannot be started.
 pub async fn attach<D: Disk + Clone, T: Timer>(
     stores: Stores,
     mut published: Published,
@@ -117,16 +108,9 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
             .map_err(|e| e.context(format!("replaying the log {}", file.path().display())))?,
         _ => Replay { next_generation: 1, ..Replay::default() },
     };
-    let geometry = superblock.as_ref().map_or(geometry, |sb| Geometry {
-        segment_bytes: sb.current.segment_bytes,
-        max_segments: sb.current.max_segments,
-    });
-
+    let geometry = superblock.as_ref().map_or(geometry, geometry_of);
     let mut sb = match superblock {
-        Some(mut sb) => {
-            sb.draw(&disk, request.nonce).await?;
-            sb
-        }
+        Some(sb) => sb,
         None => {
             let mut first =
                 new_superblock(before.uuid, salt(), geometry, before.size_bytes / SECTOR as u64, before.logical_block);
@@ -134,127 +118,39 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
             SuperblockFile::create(&disk, first).await?
         }
     };
-
-    let name_prefix = prefix(&before.name);
-    let clean = before.writer.is_none();
-    // Whatever may be wrong with the volume or with the log's disk is found before the volume is taken.
-    let images = load_images(store, &name_prefix, &before).await?;
-    let found = find_groups(store, &name_prefix, &before, &images, clean, &replayed).await?;
     prepare_slots(&Place { disk: &disk, file: &file, geometry }, &mut replayed).await?;
-    let capability = probe::conditional_writes(store, &name_prefix)
-        .await
-        .map_err(|e| e.context(format!("trying conditional writes in {}", store.url())))?;
-    let conditional = capability == probe::Capability::Honoured;
-    if !conditional {
-        tracing::warn!(
-            "{} ignores conditional writes: nothing there stops two hosts from attaching volume {:?} at once; attach it on one host at a time",
-            store.url(),
-            before.name
-        );
-    }
-    published
-        .publish(store, |m| {
-            m.epoch = m.epoch.next();
-            m.nonce = request.nonce;
-            m.writer = Some(request.writer.clone());
-            m.conditional_writes = conditional;
-            let first = clean.then(|| m.after_checkpoint());
-            m.history.push(EpochEntry { epoch: m.epoch, nonce: m.nonce, first });
-        })
-        .await
-        .map_err(|e| e.context(format!("taking epoch {} of volume {:?}", before.epoch.next(), before.name)))?;
-    sb.update(&disk, |s| {
-        s.confirmed = request.nonce;
-        s.drawn.clear();
-    })
-    .await?;
+    let says = LogSays { ours, packed: replayed.packed, last: replayed.last_seq };
+    let taken = take(store, &mut published, &mut sb, &disk, says, &request).await?;
 
-    // A host that was alive until just now may have finished a group since the look; one that is dead has it in the log.
-    let Found { maps, end } = if clean || ours {
-        found
-    } else {
-        find_groups(store, &name_prefix, &before, &images, clean, &replayed).await?
-    };
-    if !clean {
-        publish_first(&mut published, store, &end).await?;
-        report_end(&before, &end, &replayed, ours);
-    }
-
-    let log = start_log(Place { disk: &disk, file: &file, geometry }, &mut sb, salt, replayed, &end, &maps).await?;
-    let keys = Arc::new(Keys::default());
-    keys.set_own(&name_prefix, &published.manifest.history);
-    let reader = ChunkReader::new(stores.background.clone(), keys);
-    let (reads_in, reads) = mpsc::channel(READ_QUEUE);
-    let (commands_in, commands) = mpsc::channel(16);
-    let volume = Arc::new(Volume {
-        name: before.name.clone(),
+    let at = Place { disk: &disk, file: &file, geometry };
+    let log = start_log(at, &mut sb, salt, replayed, taken.end.through, &taken.maps).await?;
+    let (volume, reads, commands) = Volume::new(Parts {
+        name: before.name,
         uuid: before.uuid,
         size_bytes: before.size_bytes,
         logical_block: before.logical_block,
         read_only: request.read_only,
+        io_timeout: request.io_timeout,
         store_url: store.url(),
-        log: Arc::new(log),
+        log,
         log_file: file,
-        maps,
-        throttle: Throttle::default(),
-        reads: reads_in,
-        commands: commands_in,
-        is_gone: false.into(),
-        gone: tokio::sync::watch::Sender::new(false),
-        gone_reason: std::sync::OnceLock::new(),
-        store_metrics: std::sync::Mutex::default(),
-        background: std::sync::Mutex::new(BackgroundStatus {
-            epoch: published.manifest.epoch.0,
-            conditional_writes: conditional,
-            groups: end.group.0,
-            checkpoint_group: before.checkpoint.as_ref().map_or(0, |c| c.group.0),
-            ..BackgroundStatus::default()
-        }),
+        maps: taken.maps,
     });
-    let background = Background::new(Attachment {
+    let reader = ChunkReader::new(stores.background.clone(), Arc::default());
+    let mut background = Background::new(Attachment {
         volume: volume.clone(),
         store: stores.background,
         disk,
         timer,
         reader: reader.clone(),
-        published,
-        superblock: sb,
         commands,
-        end,
-        full_image: images.full,
     });
+    background.take_up(Holding { published, superblock: sb, end: taken.end, full_image: taken.full_image });
     Ok(Attached { volume, background, reads, reader })
 }
 
-/// The volume's base as the store has it.
-struct Found {
-    maps: Arc<Maps>,
-    end: StoreEnd,
-}
-
-async fn find_groups(
-    store: &dyn Store,
-    name_prefix: &str,
-    m: &Manifest,
-    images: &Images,
-    clean: bool,
-    replayed: &Replay,
-) -> Result<Found> {
-    let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
-    maps.load_base(&images.current);
-    let end = if clean { checkpoint_end(m) } else { apply_groups(store, name_prefix, m, &maps).await? };
-    if replayed.packed > end.through {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "the log says that entries up to {} are in {}, but whole groups end at {}: objects are missing there",
-                replayed.packed,
-                store.url(),
-                end.through
-            ),
-        ));
-    }
-    Ok(Found { maps, end })
+pub(super) fn geometry_of(sb: &SuperblockFile) -> Geometry {
+    Geometry { segment_bytes: sb.current.segment_bytes, max_segments: sb.current.max_segments }
 }
 
 pub(super) fn held(m: &Manifest) -> Error {
@@ -287,33 +183,6 @@ pub fn utc(unix: u64) -> String {
     let month = if mp < 10 { mp + 3 } else { mp - 9 };
     let year = yoe + era * 400 + u64::from(month <= 2);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", secs / 3600, secs / 60 % 60, secs % 60)
-}
-
-async fn publish_first(published: &mut Published, store: &dyn Store, end: &StoreEnd) -> Result<()> {
-    let first = FirstOwned { group: end.group.next(), chunk: end.last_chunk.next() };
-    published
-        .publish(store, |m| {
-            if let Some(e) = m.history.last_mut() {
-                e.first = Some(first);
-            }
-        })
-        .await
-        .map_err(|e| e.context("publishing where this epoch's chunks begin"))
-}
-
-fn report_end(before: &Manifest, end: &StoreEnd, replayed: &Replay, ours: bool) {
-    tracing::info!(
-        "volume {:?} was not detached by {}: the store ends with group {} (entry {}){}",
-        before.name,
-        before.holder(),
-        end.group,
-        end.through,
-        if ours {
-            format!(", the log with entry {}; nothing acknowledged is lost", replayed.last_seq)
-        } else {
-            "; what that host had not uploaded is lost".to_owned()
-        }
-    );
 }
 
 #[cfg(test)]

@@ -4,21 +4,23 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::select;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::{mpsc, oneshot};
 
-use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
+use super::attach::{Attached, OpenLog, Request, Stores, attach, geometry_of, is_ours};
 pub use super::background::logcare::keep_log;
+use super::resume::resume;
 use super::{Command, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::manifest::{Published, Writer, check_name};
+use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
 use crate::store::{StoreOptions, StoreUrl, open};
@@ -50,6 +52,11 @@ pub struct AttachOptions {
     pub force: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// How long a request may wait for the store; none: as long as it takes.
+    pub io_timeout: Option<Duration>,
+    /// Go on from the log before the store is asked, as [`resume`] does: for a volume whose process has died while this
+    /// kernel lived on.
+    pub resume: bool,
 }
 
 /// An attached volume with its threads.
@@ -102,17 +109,10 @@ impl Host {
                 };
                 let reads = async {
                     // A client of its own: its connections live on this thread.
-                    let reader = match open(&for_reads.store_url, &for_reads.store_options).await {
-                        Ok(store) => {
-                            let store = Arc::new(Metrics::new(store));
-                            served.count_store(store.clone());
-                            reader.over(Arc::new(Retry::new(store, Policy::background())))
-                        }
-                        Err(e) => {
-                            tracing::error!("opening the store for reads failed: {e}; the background's client is used");
-                            reader
-                        }
-                    };
+                    let store = Lazy::new(for_reads.store_url, for_reads.store_options);
+                    let store = Arc::new(Metrics::new(Arc::new(store)));
+                    served.count_store(store.clone());
+                    let reader = reader.over(Arc::new(Retry::new(store, Policy::background())));
                     let gone = std::pin::pin!(served.until_gone());
                     select(std::pin::pin!(serve_reads(reads, reader)), gone).await;
                 };
@@ -198,27 +198,64 @@ fn who() -> Writer {
     Writer { host, pid: std::process::id(), since }
 }
 
-async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, TokioTimer>> {
-    let wanted = geometry_for(opts.log_bytes)?;
-    // Below the retries: each try is a request.
-    let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
-    let stores = Stores {
+/// The two ways to the same store, over `backend`. The retries are above the counters: each try is a request.
+fn stores(backend: &Arc<Metrics>) -> Stores {
+    Stores {
         attach: Arc::new(Retry::new(backend.clone(), Policy::attach())),
         background: Arc::new(Retry::new(backend.clone(), Policy::background())),
-    };
+    }
+}
+
+fn request(opts: &AttachOptions) -> Result<Request> {
+    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
+    Ok(Request { force: opts.force, read_only: opts.read_only, io_timeout: opts.io_timeout, writer: who(), nonce })
+}
+
+fn salts() -> Box<dyn FnMut() -> u64 + Send> {
+    // Entropy that fails after it has worked is no state this can go on from.
+    Box::new(|| getrandom::u64().unwrap_or_else(|e| panic!("the system's entropy failed: {e}")))
+}
+
+async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, TokioTimer>> {
+    if opts.resume
+        && let Some(attached) = open_and_resume(opts).await?
+    {
+        return Ok(attached);
+    }
+    let wanted = geometry_for(opts.log_bytes)?;
+    let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
+    let stores = stores(&backend);
     let published = Published::load(&*stores.attach, &opts.volume).await?;
     let (file, superblock) = open_log(&opts.log_path, &published, opts).await?;
     // A device is used whole.
     let geometry = if file.is_device() { device_geometry(&file)? } else { wanted };
     let disk = disk_of(&file)?;
-    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
-    // Entropy that fails after it has worked is no state this can go on from.
-    let salt = Box::new(|| getrandom::u64().unwrap_or_else(|e| panic!("the system's entropy failed: {e}")));
-    let request = Request { force: opts.force, read_only: opts.read_only, writer: who(), nonce };
-    let log = OpenLog { file: Arc::new(file), disk, superblock, geometry, salt };
-    let attached = attach(stores, published, log, TokioTimer, request).await?;
+    let log = OpenLog { file: Arc::new(file), disk, superblock, geometry, salt: salts() };
+    let attached = attach(stores, published, log, TokioTimer, request(opts)?).await?;
     attached.volume.count_store(backend);
     Ok(attached)
+}
+
+/// Without a word to the store; `None` when there is no log to go on from.
+async fn open_and_resume(opts: &AttachOptions) -> Result<Option<Attached<UringDisk, TokioTimer>>> {
+    if !opts.log_path.exists() {
+        return Ok(None);
+    }
+    let file = DataFile::open(&opts.log_path, false)?;
+    let disk = disk_of(&file)?;
+    let Some(superblock) = load_superblock(&file, &disk).await? else { return Ok(None) };
+    let geometry = geometry_of(&superblock);
+    let backend = Arc::new(Metrics::new(Arc::new(Lazy::new(opts.store_url.clone(), opts.store_options.clone()))));
+    let log = OpenLog { file: Arc::new(file), disk, superblock: Some(superblock), geometry, salt: salts() };
+    let attached = resume(stores(&backend), &opts.volume, log, TokioTimer, request(opts)?).await?;
+    attached.volume.count_store(backend);
+    Ok(Some(attached))
+}
+
+async fn load_superblock(file: &DataFile, disk: &UringDisk) -> Result<Option<SuperblockFile>> {
+    SuperblockFile::load(disk, file.size()?)
+        .await
+        .map_err(|e| e.context(format!("reading the log {}", file.path().display())))
 }
 
 fn disk_of(file: &DataFile) -> Result<UringDisk> {
@@ -248,10 +285,7 @@ async fn open_log(
     if is_device {
         check_device(&file)?;
     }
-    let found = SuperblockFile::load(&disk_of(&file)?, file.size()?)
-        .await
-        .map_err(|e| e.context(format!("reading the log {}", path.display())))?;
-    match found {
+    match load_superblock(&file, &disk_of(&file)?).await? {
         Some(sb) if is_ours(&sb, m) => Ok((file, Some(sb))),
         Some(sb) if is_device => Err(Error::new(
             ErrorKind::Busy,

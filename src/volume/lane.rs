@@ -6,13 +6,16 @@
 //!   ended (or its record was written with RWF_DSYNC over a durable log).
 //! - A flush covers what the frontier had passed when it was issued, on whichever lane.
 //! - What a read returns has passed its check: checksum and address.
+//! - With a limit on waiting, what waits longer for the store, or for room that uploads would make, fails; a write that
+//!   failed so has no place in the log. What is on its way to the log's disk is waited for in any case.
 
 use std::cell::RefCell;
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{Either, join_all, select};
 
 use super::Volume;
 use super::engine::{Engine, Extent, IoFault};
@@ -22,14 +25,16 @@ use crate::disk::{Disk, IoBuf};
 use crate::map::{Location, LogBlock, Piece, PinLog, Source};
 use crate::time::Timer;
 use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
-use crate::wal::appender::Appender;
+use crate::wal::appender::{Appender, NotLogged};
 use crate::wal::codec::{LogPos, RecordKind};
-use crate::wal::log::{Failed, Log};
+use crate::wal::log::Log;
 
 /// A write is logged in entries of at most this many bytes.
 const MAX_ENTRY_BYTES: usize = 1 << 20;
 /// A discard or zeroing is logged in entries of at most this many sectors (1 GiB): what applies one holds up all lanes.
 const MAX_HOLE_SECTORS: u64 = (1 << 30) / SECTOR as u64;
+/// Between two looks for writes that have waited too long for room.
+const LOOK_FOR_EXPIRED: Duration = Duration::from_millis(100);
 
 /// See the module's page.
 pub struct VolumeLane<D: Disk, T: Timer> {
@@ -88,18 +93,56 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         self.check(lba, sectors)
     }
 
-    fn fault(&self, _: Failed) -> IoFault {
-        if self.volume.is_gone() { IoFault::Gone } else { IoFault::Io }
+    fn fault(&self, why: impl Into<NotLogged>) -> IoFault {
+        match why.into() {
+            _ if self.volume.is_gone() => IoFault::Gone,
+            NotLogged::Failed => IoFault::Io,
+            NotLogged::Expired => self.timed_out(),
+        }
+    }
+
+    fn timed_out(&self) -> IoFault {
+        self.volume.count_timeout();
+        IoFault::TimedOut
+    }
+
+    /// Since when a request waits; of use only where there is a limit.
+    fn since(&self) -> Duration {
+        if self.volume.io_timeout.is_some() { self.timer.now() } else { Duration::ZERO }
     }
 
     /// Waits as long as the log's fill and the uploads' pace ask for.
-    async fn pace(&self, bytes: u64) {
+    async fn pace(&self, bytes: u64, since: Duration) -> Result<(), IoFault> {
         let throttle = &self.volume.throttle;
-        let Some(turn) = throttle.queue(bytes) else { return };
-        while let Some(wait) = throttle.wait(turn, self.timer.now())
-            && !self.volume.is_gone()
-        {
-            self.timer.sleep(wait).await;
+        let Some(turn) = throttle.queue(bytes) else { return Ok(()) };
+        loop {
+            let now = self.timer.now();
+            match throttle.wait(turn, now) {
+                _ if self.volume.is_gone() => return Ok(()),
+                None => return Ok(()),
+                Some(_) if self.volume.io_timeout.is_some_and(|limit| now.saturating_sub(since) >= limit) => {
+                    return Err(self.timed_out());
+                }
+                Some(wait) => self.timer.sleep(wait).await,
+            }
+        }
+    }
+
+    /// What waits for the store, for as long as the user allows.
+    async fn within<O>(&self, answer: impl Future<Output = Result<O, IoFault>>) -> Result<O, IoFault> {
+        let Some(limit) = self.volume.io_timeout else { return answer.await };
+        match select(std::pin::pin!(answer), std::pin::pin!(self.timer.sleep(limit))).await {
+            Either::Left((answer, _)) => answer,
+            Either::Right(_) => Err(self.timed_out()),
+        }
+    }
+
+    /// Gives up what waits too long for room in the log, for ever.
+    async fn expire(self: Rc<Self>, limit: Duration) {
+        loop {
+            self.appender.stalled().await;
+            self.timer.sleep(LOOK_FOR_EXPIRED).await;
+            self.appender.expire(self.timer.now().saturating_sub(limit));
         }
     }
 
@@ -114,12 +157,13 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
     async fn hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool) -> Result<(), IoFault> {
         self.check_write(lba, sectors)?;
         let (mut from, past) = (lba.0, lba.0 + sectors);
+        let since = self.since();
         let mut end = LogPos::default();
         while from < past {
             let n = (past - from).min(MAX_HOLE_SECTORS);
             // Holes carry no data but take entries, memory and packing: a block's worth of pacing each.
-            self.pace(BLOCK as u64).await;
-            end = self.appender.push_hole(Lba(from), n, kind, fua).await.map_err(|e| self.fault(e))?;
+            self.pace(BLOCK as u64, since).await?;
+            end = self.appender.push_hole(Lba(from), n, kind, fua, since).await.map_err(|e| self.fault(e))?;
             from += n;
         }
         self.settle(end, fua).await
@@ -173,7 +217,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         let first = lba.0 % SECTORS_PER_BLOCK;
         let sectors = (dst.len() / SECTOR) as u64;
         let blocks = (first + sectors).div_ceil(SECTORS_PER_BLOCK);
-        let Blocks { data, bad } = self.volume.read_chunk(at, lba.block(), blocks as u16).await?;
+        let Blocks { data, bad } = self.within(self.volume.read_chunk(at, lba.block(), blocks as u16)).await?;
         for (i, mask) in bad {
             let start = (i as u64 * SECTORS_PER_BLOCK).max(first);
             let end = ((i as u64 + 1) * SECTORS_PER_BLOCK).min(first + sectors);
@@ -191,9 +235,13 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
 
 impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
     async fn read(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
-        self.check(lba, (dst.len() / SECTOR) as u64)?;
+        let sectors = (dst.len() / SECTOR) as u64;
+        self.check(lba, sectors)?;
+        if !self.volume.is_confirmed() && !self.volume.maps.overlay_covers(lba, sectors) {
+            self.within(self.volume.until_confirmed()).await?;
+        }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
-        self.volume.maps.lookup(lba, (dst.len() / SECTOR) as u64, &Pinner(&self.volume.log), &mut pieces);
+        self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
         let part = |p: &Piece| {
             let from = (p.lba.0 - lba.0) as usize * SECTOR;
             dst.slice(from..from + p.sectors as usize * SECTOR)
@@ -210,15 +258,16 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
 
     async fn write(&self, lba: Lba, src: IoBuf, fua: bool) -> Result<(), IoFault> {
         self.check_write(lba, (src.len() / SECTOR) as u64)?;
-        self.pace(src.len() as u64).await;
+        let since = self.since();
+        self.pace(src.len() as u64, since).await?;
         let end = if src.len() <= MAX_ENTRY_BYTES {
-            self.appender.push_data(lba, &src, fua).await
+            self.appender.push_data(lba, &src, fua, since).await
         } else {
             let cut = |from: usize| src.slice(from..(from + MAX_ENTRY_BYTES).min(src.len()));
             let tickets = (0..src.len())
                 .step_by(MAX_ENTRY_BYTES)
-                .map(|from| self.appender.push_data(Lba(lba.0 + (from / SECTOR) as u64), &cut(from), fua));
-            let ends: Result<Vec<LogPos>, Failed> = join_all(tickets).await.into_iter().collect();
+                .map(|from| self.appender.push_data(Lba(lba.0 + (from / SECTOR) as u64), &cut(from), fua, since));
+            let ends: Result<Vec<LogPos>, NotLogged> = join_all(tickets).await.into_iter().collect();
             ends.map(|ends| ends.into_iter().max().unwrap_or_default())
         };
         let end = end.map_err(|e| self.fault(e))?;
@@ -246,6 +295,11 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
 
     fn extents(&self, lba: Lba, sectors: u64, out: &mut Vec<Extent>) -> Result<(), IoFault> {
         self.check(lba, sectors)?;
+        if !self.volume.is_confirmed() {
+            // Nobody knows yet; to read it is right in any case.
+            out.push(Extent { sectors, hole: false });
+            return Ok(());
+        }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
         self.volume.maps.lookup(lba, sectors, &Unpinned, &mut pieces);
         let first = out.len();
@@ -265,6 +319,10 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
     }
 
     fn tasks(self: Rc<Self>) -> Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>> {
-        self.appender.clone().tasks()
+        let mut tasks = self.appender.clone().tasks();
+        if let Some(limit) = self.volume.io_timeout {
+            tasks.push(Box::pin(self.expire(limit)));
+        }
+        tasks
     }
 }

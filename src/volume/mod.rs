@@ -2,7 +2,9 @@
 //!
 //! - [`engine`]: what a frontend asks of a volume.
 //! - [`lane`]: the requests, on one lane.
-//! - [`attach`]: taking an epoch, finding the state in log and store.
+//! - [`attach`]: finding the state in log and store, and all that serves it.
+//! - `take`: taking the next epoch.
+//! - [`resume`]: going on from the log alone, until the store has been asked.
 //! - `images`: the last checkpoint, read back.
 //! - `start`: the log made ready after replay.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
@@ -14,6 +16,7 @@
 //! Invariants:
 //! - The maps are at every moment the state of the log's completed prefix over the applied groups.
 //! - Once a volume is *gone* (detached, or another host has taken it) no request is acknowledged again.
+//! - Until it is *confirmed* its base is not known: what the overlay alone cannot answer waits, and nothing is packed.
 
 pub mod admin;
 pub mod attach;
@@ -24,12 +27,15 @@ pub mod host;
 mod images;
 pub mod lane;
 pub mod recover;
+pub mod resume;
 mod start;
+mod take;
 pub mod throttle;
 pub mod verify;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use serde::{Deserialize, Serialize};
@@ -45,6 +51,11 @@ use crate::units::{BlockNo, SECTOR};
 use crate::wal::log::{Log, LogStatus};
 use engine::IoFault;
 use throttle::Throttle;
+
+/// Lanes' reads of chunks that may wait in the channel.
+const READ_QUEUE: usize = 1024;
+/// Commands that may wait for the background.
+const COMMAND_QUEUE: usize = 16;
 
 /// A lane's wish for blocks of a chunk.
 #[derive(Debug)]
@@ -87,6 +98,9 @@ pub struct BackgroundStatus {
     pub upload_bytes_per_sec: Option<f64>,
     /// What is wrong with the store, while it is.
     pub store_trouble: Option<String>,
+    /// For how many seconds it has been so.
+    #[serde(default)]
+    pub store_trouble_secs: Option<f64>,
 }
 
 /// An attached volume, as people see it.
@@ -102,6 +116,9 @@ pub struct VolumeStatus {
     pub logical_block: u32,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether the store has been asked since the volume was taken up: before, only the log is served.
+    #[serde(default)]
+    pub confirmed: bool,
     /// The store.
     pub store_url: String,
     /// The log.
@@ -114,6 +131,9 @@ pub struct VolumeStatus {
     pub map_bytes: u64,
     /// The rate to which writes are slowed, in bytes per second.
     pub write_limit: Option<u64>,
+    /// Requests that failed because they would have waited too long.
+    #[serde(default)]
+    pub timeouts: u64,
     /// Why the log or the volume has failed.
     pub failure: Option<String>,
     /// The background.
@@ -137,6 +157,11 @@ pub struct Volume {
     pub(crate) throttle: Throttle,
     reads: mpsc::Sender<ReadRequest>,
     commands: mpsc::Sender<Command>,
+    confirmed: watch::Sender<bool>,
+    is_confirmed: AtomicBool,
+    /// How long a request may wait for the store.
+    io_timeout: Option<Duration>,
+    timeouts: AtomicU64,
     is_gone: AtomicBool,
     gone: watch::Sender<bool>,
     gone_reason: OnceLock<String>,
@@ -145,7 +170,52 @@ pub struct Volume {
     store_metrics: Mutex<Vec<Arc<Metrics>>>,
 }
 
+/// What a volume is made of.
+pub(crate) struct Parts {
+    pub name: String,
+    pub uuid: Uuid,
+    pub size_bytes: u64,
+    pub logical_block: u32,
+    pub read_only: bool,
+    pub io_timeout: Option<Duration>,
+    pub store_url: String,
+    pub log: Log,
+    pub log_file: Arc<DataFile>,
+    pub maps: Arc<Maps>,
+}
+
 impl Volume {
+    /// A volume that is not confirmed yet, and where its lanes' reads and its commands arrive.
+    pub(crate) fn new(p: Parts) -> (Arc<Self>, mpsc::Receiver<ReadRequest>, mpsc::Receiver<Command>) {
+        let (reads, reads_out) = mpsc::channel(READ_QUEUE);
+        let (commands, commands_out) = mpsc::channel(COMMAND_QUEUE);
+        let Parts { name, uuid, size_bytes, logical_block, read_only, io_timeout, store_url, log, log_file, maps } = p;
+        let volume = Self {
+            name,
+            uuid,
+            size_bytes,
+            logical_block,
+            read_only,
+            store_url,
+            log: Arc::new(log),
+            log_file,
+            maps,
+            throttle: Throttle::default(),
+            reads,
+            commands,
+            confirmed: watch::Sender::new(false),
+            is_confirmed: false.into(),
+            io_timeout,
+            timeouts: AtomicU64::new(0),
+            is_gone: false.into(),
+            gone: watch::Sender::new(false),
+            gone_reason: OnceLock::new(),
+            background: Mutex::default(),
+            store_metrics: Mutex::default(),
+        };
+        (Arc::new(volume), reads_out, commands_out)
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -175,6 +245,37 @@ impl Volume {
     #[must_use]
     pub const fn log_file(&self) -> &Arc<DataFile> {
         &self.log_file
+    }
+
+    /// Whether the base is known.
+    #[must_use]
+    pub fn is_confirmed(&self) -> bool {
+        self.is_confirmed.load(Ordering::Acquire)
+    }
+
+    /// The base is in the maps.
+    pub(crate) fn set_confirmed(&self) {
+        self.is_confirmed.store(true, Ordering::Release);
+        self.confirmed.send_replace(true);
+    }
+
+    /// A request has waited longer than it may.
+    fn count_timeout(&self) {
+        if self.timeouts.fetch_add(1, Ordering::Relaxed) == 0 {
+            let limit = self.io_timeout.unwrap_or_default().as_secs_f64();
+            tracing::warn!("a request of volume {} has waited for {limit} s and failed (--io-timeout)", self.name);
+        }
+    }
+
+    /// Waits until the base is known.
+    async fn until_confirmed(&self) -> Result<(), IoFault> {
+        // The senders are ours, so no channel can close before.
+        let mut confirmed = self.confirmed.subscribe();
+        let known = std::pin::pin!(confirmed.wait_for(|c| *c));
+        match select(known, std::pin::pin!(self.until_gone())).await {
+            Either::Left(_) => Ok(()),
+            Either::Right(_) => Err(IoFault::Gone),
+        }
     }
 
     /// Whether it is detached or lost.
@@ -253,12 +354,14 @@ impl Volume {
             size_bytes: self.size_bytes,
             logical_block: self.logical_block,
             read_only: self.read_only,
+            confirmed: self.is_confirmed(),
             store_url: self.store_url.clone(),
             log: self.log.status(),
             log_path: self.log_file.path().display().to_string(),
             mapped_blocks: maps.mapped_blocks,
             map_bytes: maps.base_bytes + maps.overlay_bytes,
             write_limit: self.throttle.limit(),
+            timeouts: self.timeouts.load(Ordering::Relaxed),
             failure: self.gone_reason.get().cloned().or_else(|| self.log.failure().map(str::to_owned)),
             background: self.background.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             store_requests: self.store_counts(),

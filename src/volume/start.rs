@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::recover::StoreEnd;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -58,26 +57,27 @@ pub(super) async fn prepare_slots<D: Disk>(at: &Place<'_, D>, r: &mut Replay) ->
     disk.sync().await.context(|| format!("syncing {}", file.path().display()))
 }
 
-/// Makes the log ready for its next entries: replayed ones applied, synced, with room.
+/// Makes the log ready for its next entries: replayed ones applied, synced, with room. Everything up to `stored` is in
+/// the store.
 pub(super) async fn start_log<D: Disk>(
     at: Place<'_, D>,
     sb: &mut SuperblockFile,
     salt: Box<dyn FnMut() -> u64 + Send>,
     mut r: Replay,
-    end: &StoreEnd,
+    stored: Seq,
     maps: &Arc<Maps>,
 ) -> Result<Log> {
     let Place { disk, file, geometry } = at;
     let volume_sectors = sb.current.volume_sectors;
-    r.entries.retain(|e| e.seq > end.through);
+    r.entries.retain(|e| e.seq > stored);
     if let Some(first) = r.entries.first()
-        && first.seq != end.through.next()
+        && first.seq != stored.next()
     {
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!(
                 "the store ends with entry {}, but the log goes on with entry {}: what lies between is missing",
-                end.through, first.seq
+                stored, first.seq
             ),
         ));
     }
@@ -89,7 +89,7 @@ pub(super) async fn start_log<D: Disk>(
     }
     // What replay read may still sit in a disk's cache; from here on it counts as durable.
     disk.sync().await.context(|| format!("syncing {}", file.path().display()))?;
-    let packed = end.through.max(r.packed);
+    let packed = stored.max(r.packed);
     sb.packed(disk, packed).await?;
     let kept: Vec<_> = r.live.iter().copied().filter(|l| l.last_seq > packed).collect();
     r.free.extend(r.live.iter().filter(|l| l.last_seq <= packed).map(|l| l.slot));
@@ -103,7 +103,7 @@ pub(super) async fn start_log<D: Disk>(
         sb.current.log_id,
         geometry,
         Start {
-            next_seq: Seq(end.through.max(r.last_seq).0 + 1),
+            next_seq: Seq(stored.max(r.last_seq).0 + 1),
             packed,
             // A log with nothing to keep begins anew: no mark may name slots that are about to be overwritten.
             end: if kept.is_empty() { LogPos::default() } else { r.end },

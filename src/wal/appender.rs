@@ -4,7 +4,9 @@
 //! - Batches take their places in the log in the order in which they gathered. While a record is in flight the next
 //!   batch gathers; a second record leaves beside the first once it is worth one ([`WORTH_ENTRIES`], [`WORTH_BLOCKS`]).
 //! - A ticket is answered `Ok` only when the frontier has passed its record.
-//! - Once the log has failed, every ticket is answered with [`Failed`].
+//! - Once the log has failed, every ticket is answered with [`NotLogged::Failed`].
+//! - An entry that [`Appender::expire`] gives up has no place in the log and never gets one: a newer write to the same
+//!   sectors cannot be overtaken by it.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -13,6 +15,9 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use futures_util::future::{Either, select};
 
 use super::codec::{LogPos, MAX_HEADER_BYTES, RecordEntry, RecordKind, header_bytes, place_record, prepare_record};
 use super::log::{Failed, Log, Refused, Room, number_entries};
@@ -43,12 +48,29 @@ pub struct AppendCounters {
     pub overlapped: u64,
 }
 
+/// Why an entry is not in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotLogged {
+    /// The log has failed.
+    Failed,
+    /// It waited too long for room.
+    Expired,
+}
+
+impl From<Failed> for NotLogged {
+    fn from(_: Failed) -> Self {
+        Self::Failed
+    }
+}
+
 #[derive(Default)]
 struct Batch {
     entries: Vec<RecordEntry>,
     crcs: Vec<u32>,
     data: Vec<IoBuf>,
     tickets: Vec<usize>,
+    /// Since when each entry waits.
+    since: Vec<Duration>,
     /// Every entry asked for FUA.
     all_fua: bool,
 }
@@ -56,7 +78,7 @@ struct Batch {
 enum TicketState {
     Free,
     Waiting(Option<Waker>),
-    Done(Result<LogPos, Failed>),
+    Done(Result<LogPos, NotLogged>),
 }
 
 #[derive(Default)]
@@ -74,7 +96,50 @@ struct State {
     /// Committers that have.
     writing: usize,
     passer: Option<Waker>,
+    /// Committers that wait for room.
+    stalled: usize,
+    /// Who wants to know of them.
+    expirer: Option<Waker>,
+    /// What has waited since before this is given up; how often that was looked at; who does it with a batch of its own.
+    cutoff: Duration,
+    looks: u64,
+    lookers: Vec<Waker>,
     counters: AppendCounters,
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.entries.clear();
+        self.crcs.clear();
+        self.data.clear();
+        self.tickets.clear();
+        self.since.clear();
+    }
+
+    /// Takes out what has waited since before `cutoff`; returns its tickets.
+    fn expire(&mut self, cutoff: Duration) -> Vec<usize> {
+        if self.since.iter().all(|s| *s >= cutoff) {
+            return Vec::new();
+        }
+        let all = std::mem::take(self);
+        let (mut data, mut crcs) = (all.data.into_iter(), all.crcs.into_iter());
+        let mut expired = Vec::new();
+        self.all_fua = all.all_fua;
+        for ((entry, ticket), since) in all.entries.into_iter().zip(all.tickets).zip(all.since) {
+            let stored: Vec<u32> = crcs.by_ref().take(entry.stored_blocks() as usize).collect();
+            let buf = (entry.kind == RecordKind::Data).then(|| data.next()).flatten();
+            if since < cutoff {
+                expired.push(ticket);
+                continue;
+            }
+            self.entries.push(entry);
+            self.tickets.push(ticket);
+            self.since.push(since);
+            self.crcs.extend(stored);
+            self.data.extend(buf);
+        }
+        expired
+    }
 }
 
 /// See the module's page.
@@ -91,7 +156,7 @@ pub struct Ticket<'a, D: Disk> {
 }
 
 impl<D: Disk> Future for Ticket<'_, D> {
-    type Output = Result<LogPos, Failed>;
+    type Output = Result<LogPos, NotLogged>;
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut s = self.appender.state.borrow_mut();
         match &mut s.tickets[self.id] {
@@ -100,7 +165,7 @@ impl<D: Disk> Future for Ticket<'_, D> {
                 *w = Some(cx.waker().clone());
                 Poll::Pending
             }
-            TicketState::Free => Poll::Ready(Err(Failed)),
+            TicketState::Free => Poll::Ready(Err(NotLogged::Failed)),
         }
     }
 }
@@ -134,8 +199,8 @@ impl<D: Disk> Appender<D> {
         self.state.borrow().counters
     }
 
-    /// Adds a write of `src` at `lba`. The bytes must not change until the ticket is answered.
-    pub fn push_data(&self, lba: Lba, src: &IoBuf, fua: bool) -> Ticket<'_, D> {
+    /// Adds a write of `src` at `lba`, which waits since `since`. The bytes must not change until the ticket is answered.
+    pub fn push_data(&self, lba: Lba, src: &IoBuf, fua: bool, since: Duration) -> Ticket<'_, D> {
         let entry = RecordEntry { lba, sectors: (src.len() / SECTOR) as u64, kind: RecordKind::Data };
         let whole = lba.0.is_multiple_of(SECTORS_PER_BLOCK) && src.is_aligned(BLOCK);
         let stored = if whole {
@@ -146,15 +211,15 @@ impl<D: Disk> Appender<D> {
             padded.copy_in((lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR, src.bytes());
             padded
         };
-        self.push(entry, Some(stored), fua)
+        self.push(entry, Some(stored), fua, since)
     }
 
-    /// Adds a discard or zeroing.
-    pub fn push_hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool) -> Ticket<'_, D> {
-        self.push(RecordEntry { lba, sectors, kind }, None, fua)
+    /// Adds a discard or zeroing, which waits since `since`.
+    pub fn push_hole(&self, lba: Lba, sectors: u64, kind: RecordKind, fua: bool, since: Duration) -> Ticket<'_, D> {
+        self.push(RecordEntry { lba, sectors, kind }, None, fua, since)
     }
 
-    fn push(&self, entry: RecordEntry, stored: Option<IoBuf>, fua: bool) -> Ticket<'_, D> {
+    fn push(&self, entry: RecordEntry, stored: Option<IoBuf>, fua: bool, since: Duration) -> Ticket<'_, D> {
         let mut s = self.state.borrow_mut();
         let s = &mut *s;
         let id = s.free_tickets.pop().unwrap_or_else(|| {
@@ -187,6 +252,7 @@ impl<D: Disk> Appender<D> {
             }
             b.entries.push(entry);
             b.tickets.push(id);
+            b.since.push(since);
             b.all_fua &= fua;
         }
         Ticket { appender: self, id }
@@ -225,6 +291,71 @@ impl<D: Disk> Appender<D> {
         .await
     }
 
+    /// Waits until a record waits for room in the log.
+    pub async fn stalled(&self) {
+        std::future::poll_fn(|cx| {
+            let mut s = self.state.borrow_mut();
+            if s.stalled > 0 {
+                return Poll::Ready(());
+            }
+            s.expirer = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Gives up what waits for room since before `cutoff`.
+    pub fn expire(&self, cutoff: Duration) {
+        let mut s = self.state.borrow_mut();
+        if s.stalled == 0 {
+            return;
+        }
+        let expired: Vec<usize> = s.batches.iter_mut().flat_map(|b| b.expire(cutoff)).collect();
+        s.answer(&expired, Err(NotLogged::Expired));
+        s.cutoff = cutoff;
+        s.looks += 1;
+        std::mem::take(&mut s.lookers).into_iter().for_each(Waker::wake);
+    }
+
+    /// Waits for the next look for what has waited too long; returns its cutoff.
+    async fn look(&self, seen: u64) -> Duration {
+        std::future::poll_fn(|cx| {
+            let mut s = self.state.borrow_mut();
+            if s.looks != seen {
+                return Poll::Ready(s.cutoff);
+            }
+            s.lookers.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Waits for room, and meanwhile gives up what of the batch has waited too long. Whether any of it has.
+    async fn wait_for_room(&self, batch: &mut Batch) -> bool {
+        {
+            let mut s = self.state.borrow_mut();
+            s.stalled += 1;
+            if let Some(w) = s.expirer.take() {
+                w.wake();
+            }
+        }
+        let mut freed = std::pin::pin!(self.log.room_freed());
+        let given_up = loop {
+            let seen = self.state.borrow().looks;
+            let Either::Right((cutoff, _)) = select(freed.as_mut(), std::pin::pin!(self.look(seen))).await else {
+                break false;
+            };
+            let expired = batch.expire(cutoff);
+            if !expired.is_empty() {
+                self.state.borrow_mut().answer(&expired, Err(NotLogged::Expired));
+                // What is left may fit in.
+                break true;
+            }
+        };
+        self.state.borrow_mut().stalled -= 1;
+        given_up
+    }
+
     /// What the lane has to run beside the requests, for ever.
     pub fn tasks(self: Rc<Self>) -> Vec<Pin<Box<dyn Future<Output = ()>>>>
     where
@@ -248,12 +379,13 @@ impl<D: Disk> Appender<D> {
         .await;
         loop {
             let mut batch = self.next_batch().await;
-            let header = IoBuf::zeroed(header_bytes(batch.entries.len(), batch.crcs.len()));
-            let written = self.write(&mut batch, header, &passer).await;
+            let written = self.write(&mut batch, &passer).await;
             let mut s = self.state.borrow_mut();
             s.writing -= 1;
             match written {
-                Ok(end) => {
+                // All of it was given up.
+                Ok(None) => {}
+                Ok(Some(end)) => {
                     s.counters.records += 1;
                     s.counters.entries += batch.entries.len() as u64;
                     let spare = s.spare_tickets.pop().unwrap_or_default();
@@ -261,22 +393,25 @@ impl<D: Disk> Appender<D> {
                     s.passing.push_back((end, tickets));
                     passer.wake_by_ref();
                 }
-                Err(Failed) => s.answer(&std::mem::take(&mut batch.tickets), Err(Failed)),
+                Err(Failed) => s.answer(&std::mem::take(&mut batch.tickets), Err(NotLogged::Failed)),
             }
-            batch.entries.clear();
-            batch.crcs.clear();
-            batch.data.clear();
+            batch.clear();
             s.spare.push(batch);
         }
     }
 
-    async fn write(&self, batch: &mut Batch, mut header: IoBuf, passer: &Waker) -> Result<LogPos, Failed> {
-        prepare_record(header.bytes_mut(), self.log.volume(), &batch.entries, &batch.crcs);
-        let record_bytes = (header.len() + batch.crcs.len() * BLOCK) as u32;
+    /// Where the record ends; `None` when nothing is left to write.
+    async fn write(&self, batch: &mut Batch, passer: &Waker) -> Result<Option<LogPos>, Failed> {
+        let mut header = self.header(batch);
         let room = loop {
+            if batch.entries.is_empty() {
+                return Ok(None);
+            }
+            let record_bytes = (header.len() + batch.crcs.len() * BLOCK) as u32;
             match self.log.reserve(record_bytes, batch.entries.len() as u32, passer) {
                 Ok(room) => break room,
-                Err(Refused::Full) => self.log.room_freed().await,
+                Err(Refused::Full) if self.wait_for_room(batch).await => header = self.header(batch),
+                Err(Refused::Full) => {}
                 Err(Refused::Failed) => return Err(Failed),
             }
         };
@@ -292,7 +427,13 @@ impl<D: Disk> Appender<D> {
         if dsync {
             self.log.durable_to(room.end);
         }
-        Ok(room.end)
+        Ok(Some(room.end))
+    }
+
+    fn header(&self, batch: &Batch) -> IoBuf {
+        let mut header = IoBuf::zeroed(header_bytes(batch.entries.len(), batch.crcs.len()));
+        prepare_record(header.bytes_mut(), self.log.volume(), &batch.entries, &batch.crcs);
+        header
     }
 
     /// Answers tickets as the frontier passes their records, for ever.
@@ -308,7 +449,7 @@ impl<D: Disk> Appender<D> {
                 None => Poll::Pending,
             })
             .await;
-            let result = self.log.passed(end).await.map(|()| end);
+            let result = self.log.passed(end).await.map(|()| end).map_err(NotLogged::from);
             let mut s = self.state.borrow_mut();
             if let Some((_, tickets)) = s.passing.pop_front() {
                 s.answer(&tickets, result);
@@ -321,7 +462,7 @@ impl<D: Disk> Appender<D> {
 }
 
 impl State {
-    fn answer(&mut self, tickets: &[usize], result: Result<LogPos, Failed>) {
+    fn answer(&mut self, tickets: &[usize], result: Result<LogPos, NotLogged>) {
         for &id in tickets {
             if let TicketState::Waiting(Some(w)) = std::mem::replace(&mut self.tickets[id], TicketState::Done(result)) {
                 w.wake();

@@ -9,6 +9,7 @@ mod support_rng;
 mod clock;
 mod machine;
 mod oracle;
+mod room;
 mod store;
 mod wal;
 mod world;
@@ -56,7 +57,7 @@ fn many_lives_keep_the_crash_rule() {
     }
     if std::env::var("VB_SIM_SEEDS").is_err() {
         let enough = all.judged > 4000 && all.taken > 500 && all.late > 50 && all.drained > 100 && all.groups > 1000;
-        assert!(enough && all.again > 0 && all.broken > 50, "{all:?}");
+        assert!(enough && all.again > 0 && all.broken > 50 && all.resumed > 500, "{all:?}");
     }
 }
 

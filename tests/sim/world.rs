@@ -17,6 +17,7 @@ use vb_ublk::volume::attach::{Attached, OpenLog, Request, Stores, attach};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{keep_log, serve_reads};
 use vb_ublk::volume::lane::VolumeLane;
+use vb_ublk::volume::resume::resume;
 use vb_ublk::volume::{Command, Volume};
 use vb_ublk::wal::codec::SLOTS_START;
 use vb_ublk::wal::create::SuperblockFile;
@@ -62,6 +63,8 @@ pub(crate) struct Seen {
     pub(crate) stopped: u64,
     /// Disks that failed.
     pub(crate) broken: u64,
+    /// Lives that went on from the log, and had served before the store had been asked.
+    pub(crate) resumed: u64,
 }
 
 impl Seen {
@@ -75,6 +78,7 @@ impl Seen {
             again: self.again + b.again,
             stopped: self.stopped + b.stopped,
             broken: self.broken + b.broken,
+            resumed: self.resumed + b.resumed,
         }
     }
 }
@@ -110,6 +114,8 @@ pub(crate) struct World {
     hosts: Cell<u32>,
     /// What has happened since the state was last judged; none: nothing.
     after: Cell<Option<After>>,
+    /// The present host has had a life that served.
+    served: Cell<bool>,
     trace: RefCell<String>,
 }
 
@@ -287,6 +293,7 @@ impl World {
             dir,
             hosts: Cell::new(0),
             after: Cell::new(None),
+            served: Cell::new(false),
             trace: RefCell::default(),
         }
     }
@@ -328,6 +335,7 @@ impl World {
 
     fn new_host(&self) {
         self.hosts.set(self.hosts.get() + 1);
+        self.served.set(false);
         *self.disk.borrow_mut() = SimDisk::new(vec![0; LOG_BYTES as usize]);
         *self.file.borrow_mut() = log_file(&self.dir, self.hosts.get());
         self.after.set(Some(After::Store));
@@ -345,9 +353,18 @@ impl World {
             spawner: spawner.clone(),
             // A host that has lost its log has to take the volume by force.
             force: self.after.get() == Some(After::Store),
+            resume: self.after.get() == Some(After::Process) && self.served.get() && self.draw(2) == 0,
             after: self.after.get(),
             load,
             judged: Rc::default(),
+        }
+    }
+
+    /// What a life leaves to the next.
+    fn outlived(&self, judged: bool) {
+        if judged {
+            self.after.set(None);
+            self.served.set(true);
         }
     }
 
@@ -358,9 +375,7 @@ impl World {
         let life = self.next_life(load, &clock, &spawner);
         let (disk, judged) = (life.disk.clone(), life.judged.clone());
         let ended = run_all(&[&disk, &self.store, &clock], &spawner, &mut rng, crash_at, live(life));
-        if judged.get() {
-            self.after.set(None);
-        }
+        self.outlived(judged.get());
         self.note(ended.is_some());
     }
 
@@ -390,9 +405,7 @@ impl World {
         };
         let sources: [&dyn Source; 4] = [&first_disk, &second_disk, &self.store, &clock];
         let ended = run_all(&sources, &spawner, &mut rng, crash_at, root);
-        if judged.get() {
-            self.after.set(None);
-        }
+        self.outlived(judged.get());
         self.note(ended.is_some());
     }
 
@@ -419,6 +432,8 @@ struct Life {
     clock: SimClock,
     spawner: Spawner,
     force: bool,
+    /// Go on from the log.
+    resume: bool,
     after: Option<After>,
     load: Load,
     /// Its state was found to keep the rule.
@@ -440,7 +455,6 @@ impl Life {
     }
 
     async fn try_attach(&self) -> Result<Attached<SimDisk, SimClock>> {
-        let published = Published::load(&*self.store, "v").await?;
         let superblock = SuperblockFile::load(&self.disk, LOG_BYTES).await?;
         let mut salts = Rng(self.shared.rng.borrow_mut().next());
         let log = OpenLog {
@@ -453,10 +467,15 @@ impl Life {
         let request = Request {
             force: self.force,
             read_only: false,
+            io_timeout: None,
             writer: Writer { host: "sim".into(), pid: 1, since: 1 },
             nonce: Nonce(self.shared.rng.borrow_mut().next()),
         };
         let stores = Stores { attach: self.store.clone(), background: self.store.clone() };
+        if self.resume {
+            return resume(stores, "v", log, self.clock.clone(), request).await;
+        }
+        let published = Published::load(&*self.store, "v").await?;
         attach(stores, published, log, self.clock.clone(), request).await
     }
 
@@ -469,6 +488,21 @@ impl Life {
     }
 }
 
+/// Before the store has been asked, perhaps: writes and flushes, without a look at what is there.
+async fn early(life: &Life, lanes: &[Rc<Lane>], volume: &Volume) {
+    let shared = &life.shared;
+    let workers = lanes.iter().map(|lane| async move {
+        for _ in 0..shared.below(8) {
+            if !volume.is_confirmed() {
+                shared.saw(|s| s.resumed += 1);
+            }
+            let done = if shared.below(4) == 0 { shared.flush(lane).await } else { shared.write(lane).await };
+            done.expect("nothing fails here");
+        }
+    });
+    join_all(workers).await;
+}
+
 async fn live(life: Life) {
     let shared = &life.shared;
     let Attached { volume, background, reads, reader } = life.attach().await;
@@ -476,6 +510,9 @@ async fn live(life: Life) {
     life.spawner.spawn(serve_reads(reads, reader));
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
+    if life.resume {
+        early(&life, &lanes, &volume).await;
+    }
     let found = stamps(&lanes[0], 0, SECTORS).await.expect("all can be read");
     if let Some(after) = life.after {
         let verdict = shared.oracle.borrow_mut().judge(after, &found);

@@ -98,6 +98,8 @@ impl Bench {
             log_bytes: self.log_bytes,
             force: false,
             read_only: false,
+            io_timeout: None,
+            resume: false,
         }
     }
 

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use super::add::check_size;
+use super::add::{check_size, limit};
 use super::args::{NbdArgs, TlsMode};
 use super::engine::{self, CreateOptions};
 use super::notify::{Word, tell};
@@ -68,6 +68,7 @@ struct Plan {
     linger: Duration,
     wal_dir: PathBuf,
     wal_bytes: u64,
+    io_timeout: Option<Duration>,
     strict: bool,
 }
 
@@ -96,6 +97,7 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         run,
         wal_dir: plan.wal_dir,
         wal_bytes: plan.wal_bytes,
+        io_timeout: plan.io_timeout,
         force: plan.force,
         read_only: plan.read_only,
         create: plan.create,
@@ -224,6 +226,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
         linger: Duration::from_secs(args.linger.or(nbd.linger).unwrap_or(DEFAULT_LINGER).into()),
         wal_dir,
         wal_bytes,
+        io_timeout: limit(args.io_timeout.or(add.io_timeout)),
         strict: args.strict || add.strict,
     })
 }

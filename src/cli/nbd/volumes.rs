@@ -38,6 +38,7 @@ pub(super) struct Volumes {
     pub(super) run: RunDir,
     pub(super) wal_dir: PathBuf,
     pub(super) wal_bytes: u64,
+    pub(super) io_timeout: Option<Duration>,
     pub(super) force: bool,
     pub(super) read_only: bool,
     /// Make a volume that is missing.
@@ -199,6 +200,8 @@ impl Volumes {
             log_bytes: self.wal_bytes,
             force: self.force,
             read_only: self.read_only,
+            io_timeout: self.io_timeout,
+            resume: false,
         });
         match attached {
             Ok(attached) => Ok((shared, attached, control)),

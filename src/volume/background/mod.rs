@@ -45,9 +45,9 @@ const BUSY_TICK: Duration = Duration::from_millis(20);
 /// Between two looks at an idle one, if nothing is heard of it.
 const IDLE_TICK: Duration = Duration::from_secs(1);
 /// How often the manifest is looked at, to find out that another host has taken the volume.
-const POLL_MANIFEST: Duration = Duration::from_secs(10);
+pub(super) const POLL_MANIFEST: Duration = Duration::from_secs(10);
 /// The volume counts as deleted when its manifest was missing so often in a row.
-const POLLS_WITHOUT_MANIFEST: u32 = 3;
+pub(super) const POLLS_WITHOUT_MANIFEST: u32 = 3;
 /// First pause after a failure of the store; it doubles…
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// …up to this.
@@ -58,12 +58,29 @@ type Task = Pin<Box<dyn Future<Output = Event>>>;
 /// What has ended.
 pub(super) enum Event {
     Tick,
-    Built { group: GroupNo, chunks: Option<Vec<BuiltChunk>> },
-    Uploaded { group: GroupNo, ok: bool },
-    Superblock { sb: Box<SuperblockFile>, result: Result<()> },
-    Published { published: Box<Published>, done: PublishDone },
+    Built {
+        group: GroupNo,
+        chunks: Option<Vec<BuiltChunk>>,
+    },
+    Uploaded {
+        group: GroupNo,
+        ok: bool,
+    },
+    Superblock {
+        sb: Box<SuperblockFile>,
+        result: Result<()>,
+    },
+    Published {
+        published: Box<Published>,
+        done: PublishDone,
+    },
     Polled(Result<()>),
-    Grown { slot: u32, result: Result<()> },
+    Grown {
+        slot: u32,
+        result: Result<()>,
+    },
+    /// The volume is taken, or another's.
+    Confirmed(Result<Box<Holding>>),
 }
 
 /// How a checkpoint or release ended.
@@ -125,6 +142,7 @@ pub struct Background<D: Disk, T: Timer> {
     last_retired: Duration,
 
     full_image: BaseImage,
+    trouble_since: Option<Duration>,
     checkpoint_group: GroupNo,
     next_checkpoint: u64,
     last_poll: Duration,
@@ -148,31 +166,34 @@ pub(super) struct Attachment<D, T> {
     pub disk: D,
     pub timer: T,
     pub reader: ChunkReader,
+    pub commands: mpsc::Receiver<Command>,
+}
+
+/// What whoever has taken the volume holds.
+pub(super) struct Holding {
     pub published: Published,
     pub superblock: SuperblockFile,
-    pub commands: mpsc::Receiver<Command>,
-    /// What the store holds.
+    /// What the store holds; the maps have it.
     pub end: StoreEnd,
     /// The newest full image, without its delta.
     pub full_image: BaseImage,
 }
 
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
+    /// Of a volume that is not taken yet: [`Background::take_up`], or [`Background::confirm_by`].
     pub(super) fn new(a: Attachment<D, T>) -> Self {
-        let Attachment { volume, store, disk, timer, reader, published, superblock, commands, end, full_image } = a;
-        let m = &published.manifest;
-        let checkpoint = m.checkpoint.as_ref();
-        let next_checkpoint = checkpoint.map_or(1, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)) + 1);
+        let Attachment { volume, store, disk, timer, reader, commands } = a;
         let now = timer.now();
         Self {
-            prefix: prefix(&m.name),
-            epoch: m.epoch,
-            nonce: m.nonce,
-            checkpoint_group: checkpoint.map_or(GroupNo(0), |c| c.group),
-            next_checkpoint,
-            packed_durable: superblock.current.packed_through,
-            published: Some(Box::new(published)),
-            superblock: Some(Box::new(superblock)),
+            prefix: prefix(volume.name()),
+            epoch: Epoch(0),
+            nonce: Nonce(0),
+            checkpoint_group: GroupNo(0),
+            next_checkpoint: 1,
+            packed_durable: Seq(0),
+            published: None,
+            superblock: None,
+            full_image: BaseImage::empty(0),
             volume,
             store,
             disk,
@@ -184,16 +205,16 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             uploads: VecDeque::new(),
             uploading: 0,
             bodies: Bodies::default(),
-            cut: end.through,
+            cut: Seq(0),
             uncut_since: None,
-            next_group: end.group.next(),
-            next_chunk: end.last_chunk.next(),
-            applied: end.group,
-            applied_seq: end.through,
-            applied_chunk: end.last_chunk,
+            next_group: GroupNo(1),
+            next_chunk: ChunkNo(1),
+            applied: GroupNo(0),
+            applied_seq: Seq(0),
+            applied_chunk: ChunkNo(0),
             pace: None,
             last_retired: now,
-            full_image,
+            trouble_since: None,
             last_poll: now,
             polling: false,
             polls_without_manifest: 0,
@@ -204,6 +225,42 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             detach: None,
             finished: false,
         }
+    }
+
+    /// The volume is ours: from here on it is packed and published. Its maps have the base.
+    pub(super) fn take_up(&mut self, holding: Holding) {
+        let Holding { published, superblock, end, full_image } = holding;
+        let m = &published.manifest;
+        let checkpoint = m.checkpoint.as_ref();
+        self.epoch = m.epoch;
+        self.nonce = m.nonce;
+        self.checkpoint_group = checkpoint.map_or(GroupNo(0), |c| c.group);
+        self.next_checkpoint =
+            checkpoint.map_or(1, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)) + 1);
+        self.packed_durable = superblock.current.packed_through;
+        self.cut = end.through;
+        self.next_group = end.group.next();
+        self.next_chunk = end.last_chunk.next();
+        self.applied = end.group;
+        self.applied_seq = end.through;
+        self.applied_chunk = end.last_chunk;
+        self.full_image = full_image;
+        self.last_poll = self.timer.now();
+        self.reader.keys().set_own(&self.prefix, &m.history);
+        self.volume.update_background(|s| {
+            s.epoch = m.epoch.0;
+            s.conditional_writes = m.conditional_writes;
+            s.groups = end.group.0;
+            s.checkpoint_group = checkpoint.map_or(0, |c| c.group.0);
+        });
+        self.published = Some(Box::new(published));
+        self.superblock = Some(Box::new(superblock));
+        self.volume.set_confirmed();
+    }
+
+    /// The volume is being taken by `taking`, which goes on until it has it, or knows that it is another's.
+    pub(super) fn confirm_by(&self, taking: impl Future<Output = Result<Holding>> + 'static) {
+        self.spawn(async move { Event::Confirmed(taking.await.map(Box::new)) });
     }
 
     /// Runs until the volume is detached, or lost and asked to detach.
@@ -248,13 +305,15 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.give_up();
             return;
         }
-        self.cut_group(now);
-        self.start_uploads();
-        self.retire_groups(now);
-        self.answer_drains();
-        self.mark_packed();
-        self.checkpoint_if_due();
-        self.poll_manifest(now);
+        if self.volume.is_confirmed() {
+            self.cut_group(now);
+            self.start_uploads();
+            self.retire_groups(now);
+            self.answer_drains();
+            self.mark_packed();
+            self.checkpoint_if_due();
+            self.poll_manifest(now);
+        }
         self.report(now);
     }
 
@@ -280,6 +339,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Event::Published { published, done } => self.publish_done(published, done),
             Event::Polled(result) => self.polled(result),
             Event::Grown { slot, result } => self.grown(slot, result),
+            Event::Confirmed(Ok(holding)) => {
+                no_trouble(&self.volume);
+                self.take_up(*holding);
+            }
+            Event::Confirmed(Err(e)) => self.fenced(&e),
         }
     }
 
@@ -344,10 +408,13 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
     }
 
-    fn report(&self, now: Duration) {
+    fn report(&mut self, now: Duration) {
         let oldest = self.groups.front().map(|g| g.since).or(self.uncut_since);
         let drain = self.drain_rate(now);
+        let trouble_since = &mut self.trouble_since;
         self.volume.update_background(|s| {
+            *trouble_since = s.store_trouble.is_some().then(|| trouble_since.unwrap_or(now));
+            s.store_trouble_secs = trouble_since.map(|t| now.saturating_sub(t).as_secs_f64());
             s.groups = self.applied.0;
             s.checkpoint_group = self.checkpoint_group.0;
             s.oldest_pending_secs = oldest.map(|t| now.saturating_sub(t).as_secs_f64());
@@ -387,21 +454,21 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 }
 
 /// Pauses that double.
-struct Backoff(Duration);
+pub(super) struct Backoff(Duration);
 
 impl Backoff {
-    const fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self(RETRY_PAUSE)
     }
 
-    async fn pause<T: Timer>(&mut self, timer: &T) {
+    pub(super) async fn pause<T: Timer>(&mut self, timer: &T) {
         timer.sleep(self.0).await;
         self.0 = (self.0 * 2).min(RETRY_PAUSE_MAX);
     }
 }
 
 /// Notes a failure of the store for `status`, and says it once when it begins.
-fn trouble(volume: &Volume, what: &str, e: &Error) {
+pub(super) fn trouble(volume: &Volume, what: &str, e: &Error) {
     volume.update_background(|s| {
         if s.store_trouble.is_none() {
             tracing::warn!("{what}: {e}; it goes on as soon as the store answers");

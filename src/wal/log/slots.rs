@@ -28,17 +28,14 @@ impl Tail {
 impl Log {
     /// Waits until a reservation may succeed again (or the log has failed).
     pub async fn room_freed(&self) {
-        let mut registered = false;
         std::future::poll_fn(|cx| {
-            if registered {
-                return Poll::Ready(());
-            }
             let mut t = lock(&self.tail);
             if !t.free.is_empty() && !t.is_crowded() || self.failure().is_some() {
                 return Poll::Ready(());
             }
-            t.room_waiters.push(cx.waker().clone());
-            registered = true;
+            if !t.room_waiters.iter().any(|w| w.will_wake(cx.waker())) {
+                t.room_waiters.push(cx.waker().clone());
+            }
             Poll::Pending
         })
         .await;

@@ -1,0 +1,179 @@
+//! Going on with a volume whose process has died, from its log alone: the store is asked in the background. What waits at
+//! a quiesced device gets its answer after the replay, even while the store is away.
+//!
+//! Until the volume is taken ([`super::take`]) it is *unconfirmed*: writes and flushes are served, and reads that the overlay
+//! answers; other reads wait, and nothing is packed, uploaded or published.
+//!
+//! Invariants:
+//! - This is only for a process that died while the kernel lived on: then the log has everything that the dead one had
+//!   completed, and the store nothing that is not in the log. This is checked as soon as the store answers; after a
+//!   power cut it need not be so, and entry numbers would be given out twice.
+//! - The base is loaded, then the overlay drops what the store has, then waiting reads go on: at no moment
+//!   does a reader see a base that lacks what the overlay has lost.
+//! - A manifest that another attachment has taken since means that the volume is lost: nothing is acknowledged any more.
+
+use std::sync::Arc;
+
+use super::attach::{Attached, OpenLog, Request, Stores, geometry_of, is_ours};
+use super::background::{Attachment, Background, Backoff, Holding, POLL_MANIFEST, POLLS_WITHOUT_MANIFEST, trouble};
+use super::start::{Place, prepare_slots, start_log};
+use super::take::{LogSays, Taken, take};
+use super::{Parts, Volume};
+use crate::chunk::reader::ChunkReader;
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::Published;
+use crate::map::Maps;
+use crate::store::Store;
+use crate::time::Timer;
+use crate::units::{SECTOR, Seq};
+use crate::wal::create::SuperblockFile;
+use crate::wal::replay::replay;
+
+/// Takes up the volume `name`, whose last process has died, from its log. See the module's page.
+///
+/// # Errors
+/// `NotFound` for a log without a superblock, `Corrupt`, the log's. None of the store's: nothing is asked of it.
+pub async fn resume<D: Disk + Clone, T: Timer>(
+    stores: Stores,
+    name: &str,
+    log: OpenLog<D>,
+    timer: T,
+    request: Request,
+) -> Result<Attached<D, T>> {
+    let OpenLog { file, disk, superblock, salt, .. } = log;
+    let path = file.path().display().to_string();
+    let Some(mut sb) = superblock else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("the log {path} is empty: there is nothing to go on from"),
+        ));
+    };
+    let mut replayed =
+        replay(&disk, file.size()?, &sb.current).await.map_err(|e| e.context(format!("replaying the log {path}")))?;
+    let geometry = geometry_of(&sb);
+    let at = Place { disk: &disk, file: &file, geometry };
+    prepare_slots(&at, &mut replayed).await?;
+    let says = LogSays { ours: true, packed: replayed.packed, last: replayed.last_seq };
+    let maps = Arc::new(Maps::new(sb.current.volume_sectors));
+    let log = start_log(at, &mut sb, salt, replayed, says.packed, &maps).await?;
+    tracing::info!(
+        "volume {name:?} goes on from its log, which ends with entry {}; the store is asked meanwhile",
+        says.last
+    );
+    let (volume, reads, commands) = Volume::new(Parts {
+        name: name.to_owned(),
+        uuid: sb.current.volume,
+        size_bytes: sb.current.volume_sectors * SECTOR as u64,
+        logical_block: sb.current.logical_block,
+        read_only: request.read_only,
+        io_timeout: request.io_timeout,
+        store_url: stores.background.url(),
+        log,
+        log_file: file,
+        maps,
+    });
+    let reader = ChunkReader::new(stores.background.clone(), Arc::default());
+    let background = Background::new(Attachment {
+        volume: volume.clone(),
+        store: stores.background,
+        disk: disk.clone(),
+        timer: timer.clone(),
+        reader: reader.clone(),
+        commands,
+    });
+    let taking = Taking { volume: volume.clone(), store: stores.attach, disk, sb, says, request, missing: 0 };
+    background.confirm_by(taking.run(timer));
+    Ok(Attached { volume, background, reads, reader })
+}
+
+/// The taking of a volume that is served already.
+struct Taking<D> {
+    volume: Arc<Volume>,
+    store: Arc<dyn Store>,
+    disk: D,
+    sb: SuperblockFile,
+    says: LogSays,
+    request: Request,
+    /// How often in a row there was no manifest.
+    missing: u32,
+}
+
+impl<D: Disk> Taking<D> {
+    /// Until it is taken; an error means that it is lost.
+    async fn run<T: Timer>(mut self, timer: T) -> Result<Holding> {
+        let mut backoff = Backoff::new();
+        loop {
+            let e = match self.once().await {
+                Ok(Ok(holding)) => return Ok(holding),
+                Ok(Err(trouble)) => trouble,
+                Err(lost) => return Err(lost),
+            };
+            trouble(&self.volume, "looking for the volume in the store", &e);
+            if self.missing > 0 {
+                timer.sleep(POLL_MANIFEST).await;
+            } else {
+                backoff.pause(&timer).await;
+            }
+        }
+    }
+
+    /// One try. The outer error is for good; after the inner one it is tried again.
+    async fn once(&mut self) -> Result<Result<Holding>> {
+        let mut published = match Published::load(&*self.store, self.volume.name()).await {
+            Ok(published) => published,
+            // One 404 may be an outage (a mount that is away, a proxy); several in a row are a deleted volume.
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                self.missing += 1;
+                return if self.missing >= POLLS_WITHOUT_MANIFEST { Err(e) } else { Ok(Err(e)) };
+            }
+            Err(e) => return Ok(Err(e)),
+        };
+        self.missing = 0;
+        let m = &published.manifest;
+        if !is_ours(&self.sb, m) {
+            let what = format!(
+                "volume {:?} was taken by {} while it was not served here; its log {} is kept, and will be set aside",
+                m.name,
+                m.holder(),
+                self.volume.log_file().path().display()
+            );
+            return Err(Error::new(ErrorKind::Fenced, what));
+        }
+        if m.size_bytes != self.volume.size_bytes() {
+            let what = format!(
+                "volume {:?} has {} bytes in the store, but {} in its log: attach it anew",
+                m.name,
+                m.size_bytes,
+                self.volume.size_bytes()
+            );
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        let taken = take(&*self.store, &mut published, &mut self.sb, &self.disk, self.says, &self.request).await;
+        let Taken { full_image, maps, end } = match taken {
+            Ok(taken) => taken,
+            // Who has it now shows in the next look at the manifest.
+            Err(e) => return Ok(Err(e)),
+        };
+        self.check_log(end.through)?;
+        self.volume.maps.load_base(&maps.base_image());
+        self.volume.maps.drop_overlay_through(end.through);
+        self.volume.log.retire(end.through);
+        tracing::info!("volume {:?} is confirmed: epoch {}", published.manifest.name, published.manifest.epoch);
+        Ok(Ok(Holding { published, superblock: self.sb.clone(), end, full_image }))
+    }
+
+    /// The store must have nothing that the log had not, or numbers were given out twice.
+    fn check_log(&self, stored: Seq) -> Result<()> {
+        if stored <= self.says.last {
+            return Ok(());
+        }
+        let what = format!(
+            "the store has entries up to {stored} of volume {:?}, but the log ended with entry {} when it was taken up: the log's disk has \
+             lost what it had written",
+            self.volume.name(),
+            self.says.last
+        );
+        Err(Error::new(ErrorKind::Corrupt, what))
+    }
+}

@@ -1,0 +1,169 @@
+//! Taking a volume: what the store has of it is found, and the next epoch is drawn, by conditional writes.
+//!
+//! 1. A nonce is made durable in the log's superblock, so that a manifest that carries it is known as ours even if
+//!    the reply to step 3 is lost.
+//! 2. The base map is loaded and, after an unclean end, the whole groups beyond it are applied: whatever may be wrong with
+//!    the volume is found before it is taken.
+//! 3. The manifest is replaced, conditionally, by one with the next epoch and that nonce.
+//! 4. After an unclean end, where this epoch's own groups and chunk numbers begin is published. Only then may
+//!    anything be uploaded.
+//!
+//! May be begun again after an error, with the manifest loaded anew: a step that had been taken is not taken twice.
+
+use std::sync::Arc;
+
+use super::attach::Request;
+use super::images::{Images, load_images};
+use super::recover::{StoreEnd, apply_groups, checkpoint_end};
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, prefix};
+use crate::map::{BaseImage, Maps};
+use crate::store::{Store, probe};
+use crate::units::{SECTOR, Seq};
+use crate::wal::create::SuperblockFile;
+
+/// What the log says of the volume.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LogSays {
+    /// It is the newest attachment's.
+    pub ours: bool,
+    /// Everything up to here is in the store.
+    pub packed: Seq,
+    /// Its newest entry.
+    pub last: Seq,
+}
+
+/// A volume that is taken.
+pub(super) struct Taken {
+    /// The newest full image, without its delta.
+    pub full_image: BaseImage,
+    /// The volume's base, with all whole groups.
+    pub maps: Arc<Maps>,
+    /// Where the whole groups end.
+    pub end: StoreEnd,
+}
+
+/// Takes the volume whose manifest is `published`. See the module's page.
+///
+/// # Errors
+/// `Corrupt`, `Conflict` or `Fenced` when another takes it at the same time, the store's and the log's. Until step 3 nothing
+/// has changed in the store.
+pub(super) async fn take<D: Disk>(
+    store: &dyn Store,
+    published: &mut Published,
+    sb: &mut SuperblockFile,
+    disk: &D,
+    log: LogSays,
+    request: &Request,
+) -> Result<Taken> {
+    let nonce = request.nonce;
+    if sb.current.confirmed != nonce && !sb.current.drawn.contains(&nonce) {
+        sb.draw(disk, nonce).await?;
+    }
+    let before = published.manifest.clone();
+    let name_prefix = prefix(&before.name);
+    let clean = before.writer.is_none();
+    let images = load_images(store, &name_prefix, &before).await?;
+    let found = find_groups(store, &name_prefix, &before, &images, clean, log.packed).await?;
+    let capability = probe::conditional_writes(store, &name_prefix)
+        .await
+        .map_err(|e| e.context(format!("trying conditional writes in {}", store.url())))?;
+    let conditional = capability == probe::Capability::Honoured;
+    if !conditional {
+        tracing::warn!(
+            "{} ignores conditional writes: nothing there stops two hosts from attaching volume {:?} at once; attach it on one host at a time",
+            store.url(),
+            before.name
+        );
+    }
+    // An earlier try may have come so far, and not have heard of it.
+    let taken_before = before.nonce == nonce;
+    if !taken_before {
+        published
+            .publish(store, |m| {
+                m.epoch = m.epoch.next();
+                m.nonce = nonce;
+                m.writer = Some(request.writer.clone());
+                m.conditional_writes = conditional;
+                let first = clean.then(|| m.after_checkpoint());
+                m.history.push(EpochEntry { epoch: m.epoch, nonce, first });
+            })
+            .await
+            .map_err(|e| e.context(format!("taking epoch {} of volume {:?}", before.epoch.next(), before.name)))?;
+    }
+    sb.update(disk, |s| {
+        s.confirmed = nonce;
+        s.drawn.clear();
+    })
+    .await?;
+
+    // A host that was alive until just now may have finished a group since the look; one that is dead has it in the log.
+    let Found { maps, end } = if clean || log.ours {
+        found
+    } else {
+        find_groups(store, &name_prefix, &before, &images, clean, log.packed).await?
+    };
+    if published.manifest.history.last().is_none_or(|e| e.first.is_none()) {
+        publish_first(published, store, &end).await?;
+        report_end(&before, &end, log);
+    }
+    Ok(Taken { full_image: images.full, maps, end })
+}
+
+/// The volume's base as the store has it.
+struct Found {
+    maps: Arc<Maps>,
+    end: StoreEnd,
+}
+
+async fn find_groups(
+    store: &dyn Store,
+    name_prefix: &str,
+    m: &Manifest,
+    images: &Images,
+    clean: bool,
+    packed: Seq,
+) -> Result<Found> {
+    let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
+    maps.load_base(&images.current);
+    let end = if clean { checkpoint_end(m) } else { apply_groups(store, name_prefix, m, &maps).await? };
+    if packed > end.through {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "the log says that entries up to {packed} are in {}, but whole groups end at {}: objects are missing there",
+                store.url(),
+                end.through
+            ),
+        ));
+    }
+    Ok(Found { maps, end })
+}
+
+async fn publish_first(published: &mut Published, store: &dyn Store, end: &StoreEnd) -> Result<()> {
+    let first = FirstOwned { group: end.group.next(), chunk: end.last_chunk.next() };
+    published
+        .publish(store, |m| {
+            if let Some(e) = m.history.last_mut() {
+                e.first = Some(first);
+            }
+        })
+        .await
+        .map_err(|e| e.context("publishing where this epoch's chunks begin"))
+}
+
+fn report_end(before: &Manifest, end: &StoreEnd, log: LogSays) {
+    tracing::info!(
+        "volume {:?} was not detached by {}: the store ends with group {} (entry {}){}",
+        before.name,
+        before.holder(),
+        end.group,
+        end.through,
+        if log.ours {
+            format!(", the log with entry {}; nothing acknowledged is lost", log.last)
+        } else {
+            "; what that host had not uploaded is lost".to_owned()
+        }
+    );
+}
