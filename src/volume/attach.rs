@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::background::{Attachment, Background, Holding};
 use super::recover::checkpoint_end;
 use super::start::{Place, prepare_slots, start_log};
-use super::take::{LogSays, take};
+use super::take::{By, LogSays, take};
 use super::{Parts, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
@@ -120,7 +120,8 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     };
     prepare_slots(&Place { disk: &disk, file: &file, geometry }, &mut replayed).await?;
     let says = LogSays { ours, packed: replayed.packed, last: replayed.last_seq };
-    let taken = take(store, &mut published, &mut sb, &disk, says, &request).await?;
+    let by = By { store, disk: &disk, timer: &timer, request: &request };
+    let taken = take(by, &mut published, &mut sb, says).await?;
 
     let at = Place { disk: &disk, file: &file, geometry };
     let log = start_log(at, &mut sb, salt, replayed, taken.end.through, &taken.maps).await?;

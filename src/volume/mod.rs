@@ -3,7 +3,7 @@
 //! - [`engine`]: what a frontend asks of a volume.
 //! - [`lane`]: the requests, on one lane.
 //! - [`attach`]: finding the state in log and store, and all that serves it.
-//! - `take`: taking the next epoch.
+//! - [`take`]: taking the next epoch.
 //! - [`resume`]: going on from the log alone, until the store has been asked.
 //! - `images`: the last checkpoint, read back.
 //! - `start`: the log made ready after replay.
@@ -29,7 +29,7 @@ pub mod lane;
 pub mod recover;
 pub mod resume;
 mod start;
-mod take;
+pub mod take;
 pub mod throttle;
 pub mod verify;
 

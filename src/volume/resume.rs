@@ -17,7 +17,7 @@ use std::sync::Arc;
 use super::attach::{Attached, OpenLog, Request, Stores, geometry_of, is_ours};
 use super::background::{Attachment, Background, Backoff, Holding, POLL_MANIFEST, POLLS_WITHOUT_MANIFEST, trouble};
 use super::start::{Place, prepare_slots, start_log};
-use super::take::{LogSays, Taken, take};
+use super::take::{By, LogSays, Taken, take};
 use super::{Parts, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
@@ -104,7 +104,7 @@ impl<D: Disk> Taking<D> {
     async fn run<T: Timer>(mut self, timer: T) -> Result<Holding> {
         let mut backoff = Backoff::new();
         loop {
-            let e = match self.once().await {
+            let e = match self.once(&timer).await {
                 Ok(Ok(holding)) => return Ok(holding),
                 Ok(Err(trouble)) => trouble,
                 Err(lost) => return Err(lost),
@@ -119,7 +119,7 @@ impl<D: Disk> Taking<D> {
     }
 
     /// One try. The outer error is for good; after the inner one it is tried again.
-    async fn once(&mut self) -> Result<Result<Holding>> {
+    async fn once<T: Timer>(&mut self, timer: &T) -> Result<Result<Holding>> {
         let mut published = match Published::load(&*self.store, self.volume.name()).await {
             Ok(published) => published,
             // One 404 may be an outage (a mount that is away, a proxy); several in a row are a deleted volume.
@@ -149,8 +149,8 @@ impl<D: Disk> Taking<D> {
             );
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        let taken = take(&*self.store, &mut published, &mut self.sb, &self.disk, self.says, &self.request).await;
-        let Taken { full_image, maps, end } = match taken {
+        let by = By { store: &*self.store, disk: &self.disk, timer, request: &self.request };
+        let Taken { full_image, maps, end } = match take(by, &mut published, &mut self.sb, self.says).await {
             Ok(taken) => taken,
             // Who has it now shows in the next look at the manifest.
             Err(e) => return Ok(Err(e)),

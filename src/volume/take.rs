@@ -8,9 +8,14 @@
 //! 4. After an unclean end, where this epoch's own groups and chunk numbers begin is published. Only then may
 //!    anything be uploaded.
 //!
+//! Where the store ignores conditional writes, two hosts that take a volume at the same moment may both have looked before
+//! either has written. There, whoever has written waits for [`WEAK_PAUSE`] and looks again: of two whose writes come
+//! within that time of their looks only the last goes on.
+//!
 //! May be begun again after an error, with the manifest loaded anew: a step that had been taken is not taken twice.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::attach::Request;
 use super::images::{Images, load_images};
@@ -20,8 +25,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, prefix};
 use crate::map::{BaseImage, Maps};
 use crate::store::{Store, probe};
+use crate::time::Timer;
 use crate::units::{SECTOR, Seq};
 use crate::wal::create::SuperblockFile;
+
+/// Longer than a host takes from its look at the manifest to its write of it, on a store in good health.
+pub const WEAK_PAUSE: Duration = Duration::from_secs(3);
 
 /// What the log says of the volume.
 #[derive(Debug, Clone, Copy)]
@@ -44,19 +53,27 @@ pub(super) struct Taken {
     pub end: StoreEnd,
 }
 
+/// What one takes a volume by.
+pub(super) struct By<'a, D, T> {
+    pub store: &'a dyn Store,
+    /// The log's.
+    pub disk: &'a D,
+    pub timer: &'a T,
+    pub request: &'a Request,
+}
+
 /// Takes the volume whose manifest is `published`. See the module's page.
 ///
 /// # Errors
 /// `Corrupt`, `Conflict` or `Fenced` when another takes it at the same time, the store's and the log's. Until step 3 nothing
 /// has changed in the store.
-pub(super) async fn take<D: Disk>(
-    store: &dyn Store,
+pub(super) async fn take<D: Disk, T: Timer>(
+    by: By<'_, D, T>,
     published: &mut Published,
     sb: &mut SuperblockFile,
-    disk: &D,
     log: LogSays,
-    request: &Request,
 ) -> Result<Taken> {
+    let By { store, disk, timer, request } = by;
     let nonce = request.nonce;
     if sb.current.confirmed != nonce && !sb.current.drawn.contains(&nonce) {
         sb.draw(disk, nonce).await?;
@@ -91,6 +108,10 @@ pub(super) async fn take<D: Disk>(
             })
             .await
             .map_err(|e| e.context(format!("taking epoch {} of volume {:?}", before.epoch.next(), before.name)))?;
+    }
+    if !conditional {
+        timer.sleep(WEAK_PAUSE).await;
+        published.still_ours(store).await?;
     }
     sb.update(disk, |s| {
         s.confirmed = nonce;

@@ -24,6 +24,17 @@ fn seeds(short: u64) -> std::ops::Range<u64> {
     from.parse().expect("a number")..to.parse().expect("a number")
 }
 
+/// Says which seed it was that failed.
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("this was seed {0}: VB_SIM_SEEDS={0}..{1}", self.0, self.0 + 1);
+        }
+    }
+}
+
 /// Seeds that have found something. 1830, 2094: a power cut while a log whose entries were all in the store wrote over its
 /// newest segment left a log that no attach would take: records of the old segment vouched for what was gone and not needed.
 const FOUND: [u64; 2] = [1830, 2094];
@@ -51,6 +62,7 @@ fn many_lives(seed: u64, world: &World) {
 fn many_lives_keep_the_crash_rule() {
     let mut all = world::Seen::default();
     for seed in FOUND.into_iter().chain(seeds(1000)) {
+        let _named = Named(seed);
         let world = World::new(seed);
         many_lives(seed, &world);
         all = all.plus(world.seen());
@@ -84,6 +96,7 @@ fn a_crash_at_every_operation() {
 fn a_fenced_host_never_shows() {
     let mut all = world::Seen::default();
     for seed in seeds(300) {
+        let _named = Named(seed);
         let world = World::new(seed);
         let load = Load { lanes: 1 + seed as usize % 2, workers: 1 + seed as usize % 3, requests: 40, breaks: false };
         world.life(load, 1 + world.draw(600));

@@ -129,8 +129,16 @@ impl Oracle {
         }
         self.taken +=
             self.writes.iter().enumerate().filter(|(id, w)| w.acked.is_some() && !set.contains(id)).count() as u64;
+        // One that was in flight, and that newer ones hide wholly, may be there or not: nothing has told yet.
+        let mut hidden: BTreeSet<usize> =
+            (0..self.writes.len()).filter(|id| !set.contains(id) && self.writes[*id].acked.is_none()).collect();
+        hidden.retain(|id| !self.writes[*id].lost);
+        for history in &self.sectors {
+            let shown = history.iter().rposition(|id| set.contains(id)).map_or(0, |p| p + 1);
+            history[shown..].iter().for_each(|id| drop(hidden.remove(id)));
+        }
         for history in &mut self.sectors {
-            history.retain(|id| set.contains(id));
+            history.retain(|id| set.contains(id) || hidden.contains(id));
         }
         // What was found has been read from a log that was synced, or from the store.
         let now = self.tick();
@@ -139,7 +147,7 @@ impl Oracle {
                 w.acked.get_or_insert(now);
                 w.durable = true;
                 w.drained |= after == After::Store;
-            } else {
+            } else if !hidden.contains(&id) {
                 (w.acked, w.durable, w.drained, w.lost) = (None, false, false, true);
             }
         }
@@ -188,6 +196,28 @@ mod tests {
         o.judge(After::Power, &[3, 3]).unwrap_err();
         o.judge(After::Power, &[1, 2]).unwrap();
         o.judge(After::Power, &[0, 2]).unwrap_err();
+    }
+
+    #[test]
+    fn one_in_flight_that_is_hidden_may_show_later() {
+        for found in [[1, 0], [2, 0], [3, 0]] {
+            let mut o = Oracle::new(2);
+            let first = o.issue(0, 1, false);
+            o.complete(first, true);
+            o.mark(&[first], |w| w.drained = true);
+            o.issue(0, 1, false);
+            let newer = o.issue(0, 1, false);
+            o.complete(newer, true);
+            o.judge(After::Process, &[3, 0]).unwrap();
+            o.judge(After::Store, &found).unwrap();
+        }
+        // Its second sector shows that it is not there.
+        let mut o = Oracle::new(2);
+        o.issue(0, 2, false);
+        let newer = o.issue(0, 1, false);
+        o.complete(newer, false);
+        o.judge(After::Process, &[2, 0]).unwrap();
+        o.judge(After::Store, &[1, 0]).unwrap_err();
     }
 
     #[test]

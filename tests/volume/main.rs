@@ -5,6 +5,7 @@ mod support_rng;
 mod viperblock;
 #[path = "../volume_support/mod.rs"]
 mod volume_support;
+mod weak;
 
 use std::cell::Cell;
 use std::io;
