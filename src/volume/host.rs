@@ -192,7 +192,8 @@ pub async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: Chun
     while running.next().await.is_some() {}
 }
 
-fn who() -> Writer {
+/// This process, as a manifest names it.
+pub(crate) fn who() -> Writer {
     let host = nix::unistd::gethostname().map_or_else(|_| "unknown".to_owned(), |h| h.to_string_lossy().into_owned());
     let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Writer { host, pid: std::process::id(), since }

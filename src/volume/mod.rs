@@ -9,6 +9,7 @@
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
+//! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
@@ -23,6 +24,7 @@ pub mod engine;
 pub mod host;
 mod images;
 pub mod lane;
+pub mod rebuild;
 pub mod recover;
 mod start;
 pub mod throttle;
