@@ -126,6 +126,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         log_bytes,
         force: args.force,
         read_only: args.read_only,
+        accept_loss: args.accept_loss,
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);

@@ -155,6 +155,10 @@ pub(crate) struct AddArgs {
     /// Take the volume over from another host, which can then write it no more
     #[arg(long)]
     pub(crate) force: bool,
+    /// If the write-ahead log is damaged, have it end before the damage, as after a power cut at that moment; it is kept as it
+    /// was under another name
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// If a daemon of this volume has died and left its device, take that up as it is: of the other options those of the store
     /// go before what the dead one had, and --foreground counts
     #[arg(long)]
@@ -219,6 +223,10 @@ pub(crate) struct NbdArgs {
     /// Take volumes over from other hosts, which can then write them no more
     #[arg(long)]
     pub(crate) force: bool,
+    /// If the write-ahead log of a volume is damaged, have it end before the damage, as after a power cut at that moment; it
+    /// is kept as it was under another name
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// The folder of the write-ahead logs [env: VB_UBLK_WAL_DIR; default: `wal` in the data folder]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) wal_dir: Option<PathBuf>,

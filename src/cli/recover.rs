@@ -146,6 +146,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             log_bytes: how.log_bytes,
             force: false,
             read_only: how.read_only,
+            accept_loss: false,
         },
         create: None,
         spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
+use super::salvage::accept_loss;
 use super::{Command, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
@@ -50,6 +51,8 @@ pub struct AttachOptions {
     pub force: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// End a damaged log before its damage, and lose what lies behind.
+    pub accept_loss: bool,
 }
 
 /// An attached volume with its threads.
@@ -253,7 +256,12 @@ async fn open_log(
         .await
         .map_err(|e| e.context(format!("reading the log {}", path.display())))?;
     match found {
-        Some(sb) if is_ours(&sb, m) => Ok((file, Some(sb))),
+        Some(mut sb) if is_ours(&sb, m) => {
+            if opts.accept_loss {
+                accept_loss(&file, &disk_of(&file)?, &mut sb).await?;
+            }
+            Ok((file, Some(sb)))
+        }
         Some(sb) if is_device => Err(Error::new(
             ErrorKind::Busy,
             format!(

@@ -5,6 +5,7 @@
 //! - [`attach`]: taking an epoch, finding the state in log and store.
 //! - `images`: the last checkpoint, read back.
 //! - `start`: the log made ready after replay.
+//! - `salvage`: a damaged log, ended before its damage.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
@@ -26,6 +27,7 @@ mod images;
 pub mod lane;
 pub mod rebuild;
 pub mod recover;
+mod salvage;
 mod start;
 pub mod throttle;
 pub mod verify;

@@ -98,6 +98,7 @@ impl Bench {
             log_bytes: self.log_bytes,
             force: false,
             read_only: false,
+            accept_loss: false,
         }
     }
 

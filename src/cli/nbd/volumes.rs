@@ -39,6 +39,8 @@ pub(super) struct Volumes {
     pub(super) wal_dir: PathBuf,
     pub(super) wal_bytes: u64,
     pub(super) force: bool,
+    /// End damaged logs before their damage.
+    pub(super) accept_loss: bool,
     pub(super) read_only: bool,
     /// Make a volume that is missing.
     pub(super) create: Option<CreateOptions>,
@@ -199,6 +201,7 @@ impl Volumes {
             log_bytes: self.wal_bytes,
             force: self.force,
             read_only: self.read_only,
+            accept_loss: self.accept_loss,
         });
         match attached {
             Ok(attached) => Ok((shared, attached, control)),
