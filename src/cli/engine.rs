@@ -141,7 +141,10 @@ pub(super) fn rebuild(
 ) -> Result<Rebuilt> {
     let local = match log {
         Some((path, log)) if !log.is_blank()? => {
-            Some(rebuild::LocalLog::of(path.display().to_string(), &log.inspect()?))
+            let found = log
+                .inspect()
+                .map_err(|e| e.context("the volume's log cannot be used; move it away to rebuild without it"));
+            Some(rebuild::LocalLog::of(path.display().to_string(), &found?))
         }
         _ => None,
     };

@@ -71,8 +71,11 @@ use crate::wal::codec::Superblock;
 use crate::wal::create::SuperblockFile;
 use crate::wal::inspect::Inspection;
 
+const COVERED: &str = "objects are missing or damaged, and the log here has all that was in them";
 /// More attachments than this are not expected to have left no chunk and no checkpoint.
 const EPOCH_LEAP: u64 = 1 << 16;
+/// The epoch in the keys of a rebuild's checkpoint.
+const NO_ATTACHMENT: Epoch = Epoch(0);
 /// Objects that a refusal names.
 const MOST_TOLD: usize = 4;
 const NOWHERE: StoreEnd = StoreEnd { group: GroupNo(0), through: Seq(0), last_chunk: ChunkNo(0), ignored: 0 };
@@ -298,7 +301,7 @@ impl Job<'_> {
         let (mut given_up, mut lost) = (0, Vec::new());
         if is_damaged {
             let nonce = if log_continues.is_some() {
-                notes.push("objects are missing or damaged, and the log here has all that was in them".to_owned());
+                notes.push(COVERED.to_owned());
                 m.nonce
             } else {
                 (given_up, lost) = self.give_up(&a, wanted.group, lacks_packed)?;
@@ -389,7 +392,8 @@ impl Job<'_> {
             self.opts.now_unix,
         );
         draft.uuid = volume.or(log.map(|l| l.superblock.volume)).unwrap_or(draft.uuid);
-        let epochs = || attachments.iter().map(|a| (a.epoch, a.nonce)).chain(checkpoints.iter().map(|c| (c.1, c.2)));
+        let traces = checkpoints.iter().map(|c| (c.1, c.2)).filter(|c| c.0 != NO_ATTACHMENT);
+        let epochs = || attachments.iter().map(|a| (a.epoch, a.nonce)).chain(traces.clone());
         let newest = epochs().map(|e| e.0).max().unwrap_or_default();
         let log = log.filter(|l| l.superblock.confirmed != Nonce(0));
         let mut standing = log.map(|l| match epochs().filter(|e| e.1 == l.superblock.confirmed).map(|e| e.0).max() {
@@ -441,7 +445,9 @@ impl Job<'_> {
             _ => log_fate(self.log, ours.is_some(), &a.end),
         };
         let (mut given_up, mut lost) = (0, Vec::new());
-        if is_damaged && continues.is_none() {
+        if is_damaged && continues.is_some() {
+            notes.push(COVERED.to_owned());
+        } else if is_damaged {
             (given_up, lost) = self.give_up(&a, GroupNo(0), ours)?;
             if ours.is_some() {
                 fate = LogFate::SetAside("entries between the volume's new end and those in it are lost".to_owned());
@@ -599,8 +605,9 @@ impl Job<'_> {
         }
         let prefix = manifest::prefix(self.name);
         let ident = Ident { volume: m.uuid, number };
-        // A nonce of this very run: whoever else writes a checkpoint of that number writes other objects.
-        let name = |part: usize| part_key(number, m.epoch, self.opts.nonce, part);
+        // A nonce of this very run: whoever else writes a checkpoint of that number writes other objects. And no attachment's
+        // epoch: these keys must not pass for traces of one.
+        let name = |part: usize| part_key(number, NO_ATTACHMENT, self.opts.nonce, part);
         let parts = put_parts(self.store, &prefix, encode_full(image, ident, PART_BYTES), name).await;
         let parts = parts.map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
         let full = Image { number, parts };
