@@ -1,6 +1,10 @@
 //! Rebuilding without a manifest what several hosts have written, each taking the volume from the one before by force, while those before
 //! go on uploading.
 
+#[allow(dead_code, reason = "not all of it is wanted here")]
+mod damage_support;
+#[allow(dead_code, reason = "not all of it is wanted here")]
+mod rebuild_support;
 mod support_rng;
 #[allow(dead_code, reason = "not all of it is wanted here")]
 mod volume_support;
@@ -10,18 +14,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command as Process;
 
+use rebuild_support::{local_log, sized};
 use support_rng::Rng;
 use vb_ublk::chunk::header::parse_key;
 use vb_ublk::disk::IoBuf;
-use vb_ublk::disk::file::DataFile;
-use vb_ublk::disk::uring::UringDisk;
-use vb_ublk::manifest::{Manifest, Writer};
-use vb_ublk::units::{BLOCK, Lba, Nonce};
+use vb_ublk::manifest::Manifest;
+use vb_ublk::units::{BLOCK, Lba};
 use vb_ublk::volume::Command;
 use vb_ublk::volume::engine::Engine;
 use vb_ublk::volume::host::{AttachOptions, Host};
-use vb_ublk::volume::rebuild::{LocalLog, Options, rebuild};
-use vb_ublk::wal::inspect::inspect;
+use vb_ublk::volume::rebuild::rebuild;
 use volume_support::{Bench, block_on, buf_of, on_lane};
 
 const BLOCKS: usize = 64;
@@ -71,22 +73,8 @@ fn copy_tree(from: &Path, to: &Path) {
 }
 
 fn rebuilt(bench: &Bench, log: Option<&Path>) -> vb_ublk::error::Result<()> {
-    let local = log.map(|path| {
-        let file = DataFile::open_to_read(path).unwrap();
-        let size = file.size().unwrap();
-        let found = tokio_uring::start(async { inspect(&UringDisk::new(&file).unwrap(), size).await.unwrap() });
-        LocalLog::of(path.display().to_string(), &found)
-    });
-    let opts = Options {
-        force: false,
-        accept_loss: false,
-        dry_run: false,
-        size_bytes: Some((BLOCKS * BLOCK) as u64),
-        logical_block: None,
-        writer: Writer { host: "here".to_owned(), pid: 1, since: 1 },
-        nonce: Nonce::draw().unwrap(),
-        now_unix: 2,
-    };
+    let local = log.and_then(local_log);
+    let opts = sized(BLOCKS * BLOCK);
     block_on(rebuild(&*bench.store(), "vol", &opts, local.as_ref(), &mut |_| {})).map(|r| {
         assert_eq!(r.groups_given_up, 0, "{r:#?}");
     })

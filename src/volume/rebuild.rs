@@ -43,39 +43,39 @@
 //! - The manifest is the last to be written, on the condition that it is still what was read. Before that, an
 //!   interruption leaves objects that nothing names; a rebuild can be begun anew at any time.
 
+mod find;
 mod groups;
 mod history;
+mod local;
 mod report;
+mod write;
 
 use std::collections::BTreeSet;
 
 use futures_util::stream::{self, StreamExt};
 use uuid::Uuid;
 
+use find::{Found, find_manifest, list_checkpoints, list_chunks};
 use groups::{Assembled, Ground, Looked, assemble, look};
 use history::{Attachment, Named, Rules};
+pub use local::LocalLog;
+use local::{Standing, judge, log_fate};
 pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
+use write::NO_ATTACHMENT;
 
-use super::attach::{is_ours, utc};
-use super::background::checkpoint::{PART_BYTES, put_parts};
+use super::attach::utc;
 use super::images::load_images;
 use super::recover::{PARALLEL_HEADERS, StoreEnd, checkpoint_end};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, Checkpoint, FirstOwned, Image, Manifest, Published, Writer, part_key};
-use crate::map::checkpoint::{Ident, encode_full};
-use crate::map::{BaseImage, Maps};
-use crate::store::{Precondition, Store, Version};
+use crate::manifest::{self, FirstOwned, Manifest, Writer};
+use crate::map::Maps;
+use crate::store::Store;
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, SECTOR, Seq};
-use crate::wal::codec::Superblock;
-use crate::wal::create::SuperblockFile;
-use crate::wal::inspect::Inspection;
 
 const COVERED: &str = "objects are missing or damaged, and the log here has all that was in them";
 /// More attachments than this are not expected to have left no chunk and no checkpoint.
 const EPOCH_LEAP: u64 = 1 << 16;
-/// The epoch in the keys of a rebuild's checkpoint.
-const NO_ATTACHMENT: Epoch = Epoch(0);
 /// Objects that a refusal names.
 const MOST_TOLD: usize = 4;
 const NOWHERE: StoreEnd = StoreEnd { group: GroupNo(0), through: Seq(0), last_chunk: ChunkNo(0), ignored: 0 };
@@ -101,44 +101,6 @@ pub struct Options {
     pub now_unix: u64,
 }
 
-/// The write-ahead log of the volume on this host. Whoever hands it in has it locked: its last user is dead.
-#[derive(Debug, Clone)]
-pub struct LocalLog {
-    /// Where it is, for messages.
-    pub path: String,
-    /// Its superblock.
-    pub superblock: Superblock,
-    /// The packed mark.
-    pub packed: Seq,
-    /// The last entry that a replay returns.
-    pub last_seq: Seq,
-    /// Whether a replay refuses it.
-    pub damaged: bool,
-}
-
-impl LocalLog {
-    /// What an inspection says.
-    #[must_use]
-    pub fn of(path: String, found: &Inspection) -> Self {
-        Self {
-            path,
-            superblock: found.superblock.clone(),
-            packed: found.packed,
-            last_seq: found.last_seq,
-            damaged: !found.damage.is_empty(),
-        }
-    }
-
-    fn is_ours(&self, m: &Manifest) -> bool {
-        is_ours(&SuperblockFile { current: self.superblock.clone() }, m)
-    }
-
-    /// Whether it has entries behind `end`, as far as it can be read.
-    fn goes_on(&self, end: &StoreEnd) -> bool {
-        self.damaged || self.last_seq > end.through
-    }
-}
-
 /// How far a rebuild is.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Progress {
@@ -148,13 +110,6 @@ pub struct Progress {
     pub of: u64,
     /// The last group in the map.
     pub groups: u64,
-}
-
-/// The manifest as it was found.
-enum Found {
-    Good(Box<Manifest>, Version),
-    Damaged(bytes::Bytes, Version, String),
-    Missing,
 }
 
 /// What is to be written.
@@ -201,57 +156,6 @@ pub async fn rebuild(
     };
     let outcome = outcome.map_err(|e| e.context(format!("rebuilding volume {name:?} in {}", store.url())))?;
     job.write(found, outcome).await
-}
-
-async fn find_manifest(store: &dyn Store, name: &str) -> Result<Found> {
-    let key = manifest::key(name);
-    let mut why = String::new();
-    // A bit may have flipped on the way.
-    for last in [false, true] {
-        let (bytes, version) = match store.get(&key).await {
-            Ok(got) => got,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
-            Err(e) => return Err(e.context(format!("reading {key} in {}", store.url()))),
-        };
-        match Manifest::decode(&bytes) {
-            Ok(m) if m.name == name => return Ok(Found::Good(Box::new(m), version)),
-            Ok(m) => why = format!("it is the manifest of volume {:?}", m.name),
-            Err(e) if e.kind() == ErrorKind::Corrupt => why = e.to_string(),
-            Err(e) => return Err(e.context(format!("reading {key} in {}", store.url()))),
-        }
-        if last {
-            return Ok(Found::Damaged(bytes, version, why));
-        }
-    }
-    Err(Error::new(ErrorKind::Internal, format!("reading {key}: {why}")))
-}
-
-/// All chunks that there are, in order of number.
-async fn list_chunks(store: &dyn Store, name: &str) -> Result<Vec<Named>> {
-    let folder = format!("{}chunks/", manifest::prefix(name));
-    let listed = store.list(&folder, None).await;
-    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
-    let parse = |key: &str| key.strip_prefix(&folder).and_then(header::parse_key);
-    let mut named: Vec<Named> = listed
-        .iter()
-        .filter_map(|o| parse(&o.key))
-        .map(|(chunk, epoch, nonce)| Named { chunk, epoch, nonce })
-        .collect();
-    named.sort_unstable();
-    Ok(named)
-}
-
-/// Number, epoch and nonce of the checkpoints that there are parts of.
-async fn list_checkpoints(store: &dyn Store, name: &str) -> Result<Vec<(u64, Epoch, Nonce)>> {
-    let folder = format!("{}checkpoints/", manifest::prefix(name));
-    let listed = store.list(&folder, None).await;
-    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
-    let parse = |key: &str| {
-        let mut fields = key.strip_prefix(&folder)?.split('.').next()?.split('-');
-        let mut hex = || u64::from_str_radix(fields.next()?, 16).ok();
-        Some((hex()?, Epoch(hex()?), Nonce(hex()?)))
-    };
-    Ok(listed.iter().filter_map(|o| parse(&o.key)).collect())
 }
 
 fn usage(what: String) -> Error {
@@ -306,7 +210,7 @@ impl Job<'_> {
             } else {
                 (given_up, lost) = self.give_up(&a, wanted.group, lacks_packed)?;
                 next.writer = None;
-                if ours.is_some_and(|l| l.goes_on(&a.end)) {
+                if ours.is_some_and(|l| l.goes_on(a.end.through)) {
                     log = LogFate::SetAside("entries between the volume's new end and those in it are lost".to_owned());
                 }
                 self.opts.nonce
@@ -473,7 +377,7 @@ impl Job<'_> {
             nonce,
             history,
             // Without it, another host might take the volume and leave behind what the log has.
-            writer: continues.filter(|l| l.goes_on(&a.end)).map(|_| self.opts.writer.clone()),
+            writer: continues.filter(|l| l.goes_on(a.end.through)).map(|_| self.opts.writer.clone()),
             ..draft
         };
         notes.push("what was kept as metadata in the manifest, and when the volume was created, is lost".to_owned());
@@ -542,152 +446,11 @@ impl Job<'_> {
             ),
         ))
     }
-
-    /// Parts, then the damaged manifest under another key, then the manifest.
-    async fn write(&self, found: Found, outcome: Outcome) -> Result<Report> {
-        let Outcome { manifest: mut m, assembled: a, map_from, checkpoint_number, given_up, lost, log, notes } =
-            outcome;
-        let image = a.maps.base_image();
-        let mut report = Report {
-            volume: self.name.to_owned(),
-            store: self.store.url(),
-            dry_run: self.opts.dry_run,
-            uuid: m.uuid,
-            size_bytes: m.size_bytes,
-            logical_block: m.logical_block,
-            manifest: match &found {
-                Found::Good(..) => ManifestState::Good,
-                Found::Damaged(..) => ManifestState::Damaged,
-                Found::Missing => ManifestState::Missing,
-            },
-            map_from,
-            kept_as: None,
-            epoch: m.epoch.0,
-            chunks: a.chunks,
-            chunks_ignored: a.end.ignored as u64,
-            group: a.end.group.0,
-            through: a.end.through.0,
-            mapped_blocks: image.mapped_blocks(),
-            groups_given_up: given_up,
-            lost,
-            log,
-            notes,
-        };
-        if let Found::Damaged(_, _, why) = &found {
-            report.notes.insert(0, why.clone());
-        }
-        if self.opts.dry_run {
-            return Ok(report);
-        }
-        m.checkpoint = self.put_checkpoint(&m, &image, checkpoint_number, &a.end).await?;
-        m.publish_id = Uuid::new_v4();
-        let version = match found {
-            Found::Good(_, version) => Some(version),
-            Found::Damaged(bytes, version, _) => {
-                report.kept_as = Some(self.keep(bytes).await?);
-                Some(version)
-            }
-            Found::Missing => None,
-        };
-        Published::replace(self.store, m, version).await?;
-        Ok(report)
-    }
-
-    async fn put_checkpoint(
-        &self,
-        m: &Manifest,
-        image: &BaseImage,
-        number: u64,
-        end: &StoreEnd,
-    ) -> Result<Option<Checkpoint>> {
-        if end.group == GroupNo(0) {
-            return Ok(None);
-        }
-        let prefix = manifest::prefix(self.name);
-        let ident = Ident { volume: m.uuid, number };
-        // A nonce of this very run: whoever else writes a checkpoint of that number writes other objects. And no attachment's
-        // epoch: these keys must not pass for traces of one.
-        let name = |part: usize| part_key(number, NO_ATTACHMENT, self.opts.nonce, part);
-        let parts = put_parts(self.store, &prefix, encode_full(image, ident, PART_BYTES), name).await;
-        let parts = parts.map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
-        let full = Image { number, parts };
-        Ok(Some(Checkpoint { group: end.group, through: end.through, last_chunk: end.last_chunk, full, delta: None }))
-    }
-
-    /// Keeps a damaged manifest under the first key that is free, or already has it.
-    async fn keep(&self, bytes: bytes::Bytes) -> Result<String> {
-        let mut n = 1;
-        loop {
-            let key = format!("{}.damaged-{n}", manifest::key(self.name));
-            let keeping = || format!("keeping the damaged manifest as {key} in {}", self.store.url());
-            match self.store.get(&key).await {
-                Ok((there, _)) if there == bytes => return Ok(key),
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::NotFound => {
-                    match self.store.put_if(&key, bytes.clone(), Precondition::Absent).await {
-                        Ok(_) => return Ok(key),
-                        Err(e) if e.kind() == ErrorKind::Conflict => continue,
-                        Err(e) => return Err(e.context(keeping())),
-                    }
-                }
-                Err(e) => return Err(e.context(keeping())),
-            }
-            n += 1;
-        }
-    }
-}
-
-/// Whose log it is, next to the chunks.
-enum Standing {
-    /// The newest attachment's.
-    Newest,
-    /// An older one's: why.
-    Old(String),
-    /// Its attachment left no chunk and no checkpoint: the groups have to tell.
-    Open,
-}
-
-/// Holds a log whose attachment left no trace in the store against the groups there. The store ended with the log's packed mark when
-/// that attachment began.
-fn judge(log: &LocalLog, a: &Assembled) -> Result<Standing> {
-    let mut beyond = a.shares.iter().filter(|s| s.last_through > log.packed);
-    let Some(next) = beyond.next() else { return Ok(Standing::Newest) };
-    if next.first_through <= log.packed {
-        // It wrote before the log's attachment began and went on after it: as a fenced host does.
-        return Ok(Standing::Newest);
-    }
-    let old = Standing::Old(format!("epoch {} went on from where its attachment began", next.epoch));
-    // An attachment that found groups behind the mark whole came after the log's; or the log has nothing to lose.
-    if beyond.next().is_some() || !log.goes_on(&StoreEnd { through: log.packed, ..NOWHERE }) {
-        return Ok(old);
-    }
-    Err(Error::new(
-        ErrorKind::Corrupt,
-        format!(
-            "the log {} (entries {} to {} of it are in no chunk) and the chunks of epoch {} (from entry {} on) both go on from entry {}, and without a \
-             manifest nobody can tell which is newer: if another host had the volume last, move the log away and try again",
-            log.path,
-            log.packed.next(),
-            log.last_seq,
-            next.epoch,
-            log.packed.next(),
-            log.packed
-        ),
-    ))
 }
 
 /// What begins behind the end.
 const fn behind(end: &StoreEnd) -> FirstOwned {
     FirstOwned { group: end.group.next(), chunk: end.last_chunk.next() }
-}
-
-fn log_fate(log: Option<&LocalLog>, ours: bool, end: &StoreEnd) -> LogFate {
-    match log {
-        None => LogFate::None,
-        Some(_) if !ours => LogFate::SetAside("it is not of the volume's newest attachment".to_owned()),
-        Some(l) if l.goes_on(end) => LogFate::Replayed(l.last_seq.0),
-        Some(_) => LogFate::Packed,
-    }
 }
 
 fn unknown_size(a: &Assembled) -> Error {
