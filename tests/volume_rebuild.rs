@@ -18,11 +18,11 @@ use rebuild_support::{
 };
 use serde_json::Value;
 use support_rng::Rng;
-use vb_ublk::chunk::header::HEADER_ROOM;
+use vb_ublk::chunk::header::{self, ChunkHeader, HEADER_ROOM};
 use vb_ublk::error::ErrorKind;
 use vb_ublk::store::Op;
 use vb_ublk::store::fault::{Fault, FaultStore};
-use vb_ublk::units::{BLOCK, Lba};
+use vb_ublk::units::{BLOCK, ChunkNo, GroupNo, Lba, Seq};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::rebuild::{LogFate, ManifestState, MapFrom, Options, rebuild};
@@ -329,6 +329,42 @@ fn what_a_fenced_host_uploaded_late_does_not_count() {
         });
         host.detach().unwrap();
     }
+}
+
+/// The chunk of a number that the newest attachment wrote.
+fn newest_chunk(bench: &Bench, number: u64) -> PathBuf {
+    let m = manifest(bench);
+    bench.dir.path().join("store/vol").join(header::key("", ChunkNo(number), m.epoch, m.nonce))
+}
+
+/// The new host's first group was on its way when it died, the next had arrived; the old one's late group would fit the gap.
+#[test]
+fn a_late_group_of_a_fenced_host_does_not_fill_a_gap() {
+    let (bench, _, _) = zombies(true);
+    bench.wipe_local();
+    remove(&newest_chunk(&bench, 2));
+    let next = newest_chunk(&bench, 3);
+    let mut bytes = fs::read(&next).unwrap();
+    let mut h = ChunkHeader::decode(&bytes).unwrap();
+    assert_eq!((h.after, h.applied_through), (Seq(2), GroupNo(2)));
+    h.applied_through = GroupNo(1);
+    bytes[..HEADER_ROOM].copy_from_slice(&h.encode().unwrap());
+    fs::write(&next, bytes).unwrap();
+    remove(&manifest_path(&bench));
+    assert_eq!(rebuilt(&bench, &sized(MIB)).group, 1);
+    assert_blocks(&bench, &[1, 1, 1, 1, 0, 0, 0, 0]);
+}
+
+#[test]
+fn a_late_group_of_a_fenced_host_does_not_stand_in_for_a_damaged_one() {
+    let (bench, _, _) = zombies(true);
+    bench.wipe_local();
+    let chunk = newest_chunk(&bench, 2);
+    flip(&chunk, 300);
+    remove(&manifest_path(&bench));
+    refused(&bench, &sized(MIB), ErrorKind::Corrupt, &[&name(&chunk), "group 1 "]);
+    assert_eq!(rebuilt(&bench, &with_loss(sized(MIB))).group, 1);
+    assert_blocks(&bench, &[1, 1, 1, 1, 0, 0, 0, 0]);
 }
 
 /// The new host has left nothing in the store: its log alone tells that the old one's late groups do not count.
