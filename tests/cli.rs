@@ -95,6 +95,9 @@ fn bad_usage_is_one_line_and_code_2() {
         (&["list", "-v", "-q"], "cannot be used"),
         (&["volume", "create", "v"], "--size"),
         (&["volume", "create", "v", "--size", "0"], "steps of 4K"),
+        (&["volume", "rebuild"], "VOLUME"),
+        (&["volume", "rebuild", "v", "--size", "100"], "steps of 4K"),
+        (&["volume", "rebuild", "v", "--wal-dir", "/x", "--wal-device", "/dev/x"], "cannot be used"),
         (&["completions", "klingon"], "klingon"),
     ] {
         let line = b.fails(args, 2);
@@ -201,7 +204,7 @@ fn volumes_are_made_listed_shown_and_deleted() {
     assert!(b.fails(&["volume", "create", "a", "--size", "1G"], 1).contains("already"));
     assert!(b.ok(&["volume", "delete", "a"]).contains("deleted"));
     assert_eq!(b.ok(&["volume", "list"]), "b\n");
-    for args in [&["volume", "info", "a"][..], &["volume", "delete", "a"]] {
+    for args in [&["volume", "info", "a"][..], &["volume", "delete", "a"], &["volume", "rebuild", "a"]] {
         let line = b.fails(args, 1);
         assert!(line.contains('a') && line.contains("file://"), "{line}");
     }

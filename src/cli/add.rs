@@ -130,6 +130,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         read_only: args.read_only,
         io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
         resume: false,
+        accept_loss: args.accept_loss,
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);

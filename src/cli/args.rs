@@ -155,6 +155,10 @@ pub(crate) struct AddArgs {
     /// Take the volume over from another host, which can then write it no more
     #[arg(long)]
     pub(crate) force: bool,
+    /// If the write-ahead log is damaged, have it end before the damage, as after a power cut at that moment; it is kept as it
+    /// was under another name
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// If a daemon of this volume has died and left its device, take that up as it is: of the other options those of the store
     /// go before what the dead one had, and --foreground counts
     #[arg(long)]
@@ -223,6 +227,10 @@ pub(crate) struct NbdArgs {
     /// Take volumes over from other hosts, which can then write them no more
     #[arg(long)]
     pub(crate) force: bool,
+    /// If the write-ahead log of a volume is damaged, have it end before the damage, as after a power cut at that moment; it
+    /// is kept as it was under another name
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// The folder of the write-ahead logs [env: VB_UBLK_WAL_DIR; default: `wal` in the data folder]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) wal_dir: Option<PathBuf>,
@@ -322,6 +330,11 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+    /// Make a volume's map and manifest anew from its chunks, when they are damaged or missing
+    ///
+    /// Nothing is deleted. Objects that are missing, or whose headers are damaged, make it refuse: put them back, or see
+    /// --accept-loss.
+    Rebuild(RebuildArgs),
     /// Delete a volume and all its data
     Delete {
         /// Its name
@@ -332,6 +345,35 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RebuildArgs {
+    /// Its name
+    pub(crate) volume: VolumeName,
+    /// Say what would be done, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// End the volume before the first group of chunks that is not whole any more, as after a power cut at that moment
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
+    /// Rebuild it even though a host has it attached whose log is not here
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Its size, where neither manifest nor log say it
+    #[arg(long)]
+    pub(crate) size: Option<ByteSize>,
+    /// Its logical block size, likewise [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = logical_block)]
+    pub(crate) logical_block_size: Option<u32>,
+    /// The folder of its write-ahead log [default: as for `add`]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) wal_dir: Option<PathBuf>,
+    /// The block device that is its write-ahead log [default: as for `add`]
+    #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with = "wal_dir")]
+    pub(crate) wal_device: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
 }
 
 #[derive(Debug, Subcommand)]

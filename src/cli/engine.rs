@@ -15,9 +15,10 @@ use crate::frontend::ublk;
 use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
-use crate::volume::host::Host;
+use crate::units::Nonce;
+use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Volume, admin, verify};
+use crate::volume::{Volume, admin, rebuild, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
@@ -25,6 +26,7 @@ pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, dev
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
+pub(super) use crate::volume::rebuild::{LogFate, ManifestState, MapFrom, Progress as Rebuilding, Report as Rebuilt};
 pub(super) use crate::volume::verify::Progress;
 pub(super) use crate::wal::codec::{LogPos, RecordKind};
 pub(super) use crate::wal::create::MAX_LOG_BYTES;
@@ -117,6 +119,41 @@ pub(super) fn verify(
     told: &mut dyn FnMut(Progress),
 ) -> Result<Report> {
     with_policy(Policy::long_run(), url, opts, async |s| verify::verify(s, name, told).await)
+}
+
+/// How to rebuild a volume.
+pub(super) struct RebuildOptions {
+    pub(super) force: bool,
+    pub(super) accept_loss: bool,
+    pub(super) dry_run: bool,
+    pub(super) size_bytes: Option<u64>,
+    pub(super) logical_block: Option<u32>,
+}
+
+/// Makes a volume's map and manifest anew from its chunks. The log stays locked meanwhile, so that nobody attaches with it.
+pub(super) fn rebuild(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    name: &str,
+    how: &RebuildOptions,
+    log: Option<(&Path, &OpenLog)>,
+    told: &mut dyn FnMut(Rebuilding),
+) -> Result<Rebuilt> {
+    let local = match log {
+        Some((path, log)) if !log.is_blank()? => {
+            let found = log
+                .inspect()
+                .map_err(|e| e.context("the volume's log cannot be used; move it away to rebuild without it"));
+            Some(rebuild::LocalLog::of(path.display().to_string(), &found?))
+        }
+        _ => None,
+    };
+    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
+    let RebuildOptions { force, accept_loss, dry_run, size_bytes, logical_block } = *how;
+    let now_unix = now_unix();
+    let how =
+        rebuild::Options { force, accept_loss, dry_run, size_bytes, logical_block, writer: who(), nonce, now_unix };
+    with_policy(Policy::long_run(), url, opts, async |s| rebuild::rebuild(s, name, &how, local.as_ref(), told).await)
 }
 
 /// An attached volume.
@@ -270,6 +307,13 @@ impl OpenLog {
             let opening = || format!("opening {} a second time", self.0.path().display());
             f(UringDisk::new(&self.0).context(opening)?).await
         })
+    }
+
+    /// Whether no log was ever in it.
+    pub(super) fn is_blank(&self) -> Result<bool> {
+        let size = self.size()?;
+        let found = self.with_disk(async |disk| wal::create::SuperblockFile::load(&disk, size).await);
+        found.map(|sb| sb.is_none()).map_err(|e| e.context(format!("reading the log {}", self.0.path().display())))
     }
 
     pub(super) fn inspect(&self) -> Result<Inspection> {

@@ -21,6 +21,7 @@ mod phase;
 mod place;
 mod progress;
 mod protect;
+mod rebuild;
 mod recover;
 mod serve;
 mod settings;

@@ -149,6 +149,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             read_only: how.read_only,
             io_timeout: limit(how.io_timeout),
             resume: true,
+            accept_loss: false,
         },
         create: None,
         spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },

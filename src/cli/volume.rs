@@ -1,4 +1,4 @@
-//! `volume create | list | info | verify | delete`.
+//! `volume create | list | info | verify | rebuild | delete`.
 
 use serde_json::{Value, json};
 
@@ -35,6 +35,10 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             if json.json { print_json(&info) } else { print(&fields(&info)) }
         }
         VolumeCommand::Verify { volume, json } => super::verify::run(settings, volume, json.json),
+        VolumeCommand::Rebuild(args) => {
+            not_attached_here(settings, &args.volume)?;
+            super::rebuild::run(settings, args)
+        }
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;

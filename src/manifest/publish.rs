@@ -66,6 +66,44 @@ impl Published {
         Ok(Self { manifest, version })
     }
 
+    /// Puts a manifest in the place of what was found there: of nothing, or of exactly that version, whatever it says.
+    /// For a rebuild: no attachment may do so.
+    ///
+    /// # Errors
+    /// `Conflict` when something else is there by now; the store's.
+    pub async fn replace(store: &dyn Store, manifest: Manifest, found: Option<Version>) -> Result<Self> {
+        let key = key(&manifest.name);
+        let changed = || {
+            let what = format!(
+                "{key} in {} has changed meanwhile: somebody else attaches, deletes or rebuilds volume {:?}; look at it \
+                 (`vb-ublk volume info`) and try again",
+                store.url(),
+                manifest.name
+            );
+            Error::new(ErrorKind::Conflict, what)
+        };
+        // A store that ignores conditions would let this go through: look first.
+        let now = match store.get(&key).await {
+            Ok((_, version)) => Some(version),
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(e.context(format!("looking at {key} in {}", store.url()))),
+        };
+        if now != found {
+            return Err(changed());
+        }
+        let condition = found.map_or(Precondition::Absent, Precondition::Matches);
+        let body = bytes::Bytes::from(manifest.encode()?);
+        match store.put_if(&key, body, condition).await {
+            Ok(version) => Ok(Self { manifest, version }),
+            Err(e) if e.kind() == ErrorKind::Conflict => match Self::load(store, &manifest.name).await {
+                // An earlier try of this very put had landed with its reply lost.
+                Ok(there) if there.manifest.publish_id == manifest.publish_id => Ok(there),
+                _ => Err(changed().with_source(e)),
+            },
+            Err(e) => Err(e.context(format!("publishing {key} in {}", store.url()))),
+        }
+    }
+
     /// Replaces the manifest by a changed one, if nobody else has replaced it meanwhile.
     ///
     /// # Errors

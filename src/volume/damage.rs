@@ -81,10 +81,12 @@ impl DamageKind {
     pub const fn advice(self) -> &'static str {
         match self {
             Self::Manifest | Self::Checkpoint => {
-                "put the object back from a copy of the store; delete nothing, the volume's other objects are still needed"
+                "put the object back from a copy of the store, else `vb-ublk volume rebuild` makes it anew; delete nothing, the \
+                 volume's other objects are still needed"
             }
             Self::Group => {
-                "put the objects back from a copy of the store, and keep the log of the host that had the volume"
+                "put the objects back from a copy of the store, and keep the log of the host that had the volume; `vb-ublk volume \
+                 rebuild --dry-run` there says what it would do without them"
             }
             Self::Lost => "write them anew from a backup",
             Self::Newer => "use a newer vb-ublk",

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::attach::{Attached, OpenLog, Request, Stores, attach, geometry_of, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
+use super::salvage::accept_loss;
 use super::{Command, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
@@ -57,6 +58,8 @@ pub struct AttachOptions {
     /// Go on from the log before the store is asked, as [`resume`] does: for a volume whose process has died while this
     /// kernel lived on.
     pub resume: bool,
+    /// End a damaged log before its damage, and lose what lies behind.
+    pub accept_loss: bool,
 }
 
 /// An attached volume with its threads.
@@ -192,7 +195,8 @@ pub async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: Chun
     while running.next().await.is_some() {}
 }
 
-fn who() -> Writer {
+/// This process, as a manifest names it.
+pub(crate) fn who() -> Writer {
     let host = nix::unistd::gethostname().map_or_else(|_| "unknown".to_owned(), |h| h.to_string_lossy().into_owned());
     let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Writer { host, pid: std::process::id(), since }
@@ -286,7 +290,12 @@ async fn open_log(
         check_device(&file)?;
     }
     match load_superblock(&file, &disk_of(&file)?).await? {
-        Some(sb) if is_ours(&sb, m) => Ok((file, Some(sb))),
+        Some(mut sb) if is_ours(&sb, m) => {
+            if opts.accept_loss {
+                accept_loss(&file, &disk_of(&file)?, &mut sb).await?;
+            }
+            Ok((file, Some(sb)))
+        }
         Some(sb) if is_device => Err(Error::new(
             ErrorKind::Busy,
             format!(

@@ -7,10 +7,12 @@
 //! - [`resume`]: going on from the log alone, until the store has been asked.
 //! - `images`: the last checkpoint, read back.
 //! - `start`: the log made ready after replay.
+//! - `salvage`: a damaged log, ended before its damage.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
+//! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
@@ -26,8 +28,10 @@ pub mod engine;
 pub mod host;
 mod images;
 pub mod lane;
+pub mod rebuild;
 pub mod recover;
 pub mod resume;
+mod salvage;
 mod start;
 pub mod take;
 pub mod throttle;

@@ -124,8 +124,10 @@ pub(super) fn apply_headers(
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!(
-                "group {} of volume {:?} is not whole in {url}, but a later chunk says that group {relied_on} was: objects are missing",
+                "group {} of volume {:?} is not whole in {url}, but a later chunk says that group {relied_on} was: objects are missing; put them \
+                 back from a copy of the store, else see what `vb-ublk volume rebuild {} --dry-run` says",
                 end.group.next(),
+                m.name,
                 m.name
             ),
         ));
@@ -134,7 +136,7 @@ pub(super) fn apply_headers(
 }
 
 /// What a whole group changes.
-fn group_update(m: &Manifest, chunks: &[ChunkHeader]) -> Result<GroupUpdate> {
+pub(super) fn group_update(m: &Manifest, chunks: &[ChunkHeader]) -> Result<GroupUpdate> {
     let mut update = GroupUpdate { last: chunks[0].through, ..GroupUpdate::default() };
     let mut free_from = 0;
     for h in chunks {
@@ -158,7 +160,7 @@ fn group_update(m: &Manifest, chunks: &[ChunkHeader]) -> Result<GroupUpdate> {
     Ok(update)
 }
 
-fn is_whole(chunks: &[ChunkHeader], after: Seq) -> bool {
+pub(super) fn is_whole(chunks: &[ChunkHeader], after: Seq) -> bool {
     let Some(first) = chunks.first() else { return false };
     chunks.len() == first.count as usize
         && chunks.iter().enumerate().all(|(i, h)| {

@@ -153,9 +153,11 @@ async fn find_groups(
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!(
-                "the log says that entries up to {packed} are in {}, but whole groups end at {}: objects are missing there",
+                "the log says that entries up to {packed} are in {}, but whole groups end at {}: objects are missing there; put them back \
+                 from a copy of the store, else see what `vb-ublk volume rebuild {} --dry-run` says",
                 store.url(),
-                end.through
+                end.through,
+                m.name
             ),
         ));
     }

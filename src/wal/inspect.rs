@@ -230,7 +230,7 @@ const fn seq_after(r: &RecordHeader) -> Seq {
 
 /// Puts what was found in order, and adds the damage that replay does not see.
 fn judge(sb: Superblock, slots: &FileSlots, size: u64, survey: Survey, old: Vec<(Segment, Walked)>) -> Inspection {
-    let Survey { replay, damage, chain, dangling, headers } = survey;
+    let Survey { replay, damage, chain, dangling, headers, .. } = survey;
     let oldest_needed = chain.first().map_or(0, |(s, _)| s.header.generation);
     let mut segments: Vec<_> = headers.values().map(|&(slot, header)| FoundSegment { slot, header }).collect();
     segments.sort_unstable_by_key(|s| s.header.generation);

@@ -5,6 +5,7 @@
 //! - [`appender`]: one lane's side: gathers writes, seals batches, acknowledges.
 //! - [`replay`]: reads a log back.
 //! - [`inspect`]: looks into a log that nobody has, damaged or not, and reads its data.
+//! - [`salvage`]: ends a damaged log before its damage.
 //! - [`create`](mod@create): makes a new log and grows it.
 
 pub mod appender;
@@ -13,3 +14,4 @@ pub mod create;
 pub mod inspect;
 pub mod log;
 pub mod replay;
+pub mod salvage;

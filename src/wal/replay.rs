@@ -18,6 +18,7 @@ use super::codec::{
     LogPos, MAX_HEADER_BYTES, RecordHeader, SegmentHeader, Superblock, claimed_generation, decode_record, peek_record,
 };
 use super::log::{FileSlots, Geometry, Live, LogEntry, number_entries};
+use super::salvage::Behind;
 use crate::checksum::block_crc;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -86,6 +87,8 @@ pub(super) struct Survey {
     pub(super) dangling: Vec<(Segment, Walked)>,
     /// Generation → slot, header of all good segments.
     pub(super) headers: HashMap<u32, (u32, SegmentHeader)>,
+    /// Slot and generation of segments with a damaged header.
+    pub(super) damaged: Vec<(u32, u32)>,
 }
 
 fn corrupt(text: String) -> Error {
@@ -98,8 +101,14 @@ fn corrupt(text: String) -> Error {
 /// `Corrupt` when entries are missing below the durable or the packed mark; else the I/O error.
 pub async fn replay<D: Disk>(disk: &D, size: u64, sb: &Superblock) -> Result<Replay> {
     let geometry = geometry_of(sb);
-    let Survey { replay, damage, .. } = survey(disk, sb, &FileSlots::whole(&geometry, size)).await?;
-    damage.map_or(Ok(replay), Err)
+    let mut found = survey(disk, sb, &FileSlots::whole(&geometry, size)).await?;
+    let Some(damage) = found.damage.take() else { return Ok(found.replay) };
+    let behind = Behind::of(&found);
+    Err(corrupt(format!(
+        "{damage}; {behind}. Put the file back from a copy, if there is one. Else --accept-loss has the log end with entry {}, as after a power cut at \
+         that moment, and keeps the file as it is under another name; `vb-ublk wal export --all` shows what can still be read",
+        behind.last_kept
+    )))
 }
 
 pub(super) const fn geometry_of(sb: &Superblock) -> Geometry {
@@ -125,7 +134,7 @@ pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots
     let head = chain.last().map_or(0, |s| s.header.generation);
     let mut damage = damaged.iter().find(|(_, g)| *g > head).map(|(slot, generation)| {
         corrupt(format!(
-            "the header of the log's segment of generation {generation} is damaged (byte {} of the file): entries after {} may have been in it. If the volume was detached cleanly, or these may be lost, move the log away and attach again",
+            "the header of the log's segment of generation {generation} is damaged (byte {} of the file): entries after {} may have been in it",
             geometry.slot_offset(*slot),
             out.packed
         ))
@@ -147,7 +156,7 @@ pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots
     let used: Vec<u32> = out.live.iter().map(|l| l.slot).collect();
     out.free = (0..slots.whole).filter(|s| !used.contains(s)).collect();
     let chain = chain.into_iter().zip(walked).collect();
-    Ok(Survey { replay: out, damage, chain, dangling: dangling.into_iter().zip(beyond).collect(), headers })
+    Ok(Survey { replay: out, damage, chain, dangling: dangling.into_iter().zip(beyond).collect(), headers, damaged })
 }
 
 /// Whether a valid segment header is of this very log: not of one that was here before.

@@ -135,7 +135,7 @@ impl Oracle {
         hidden.retain(|id| !self.writes[*id].lost);
         for history in &self.sectors {
             let shown = history.iter().rposition(|id| set.contains(id)).map_or(0, |p| p + 1);
-            history[shown..].iter().for_each(|id| drop(hidden.remove(id)));
+            hidden.retain(|id| !history[shown..].contains(id));
         }
         for history in &mut self.sectors {
             history.retain(|id| set.contains(id) || hidden.contains(id));

@@ -100,6 +100,7 @@ impl Bench {
             read_only: false,
             io_timeout: None,
             resume: false,
+            accept_loss: false,
         }
     }
 

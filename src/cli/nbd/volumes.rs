@@ -40,6 +40,8 @@ pub(super) struct Volumes {
     pub(super) wal_bytes: u64,
     pub(super) io_timeout: Option<Duration>,
     pub(super) force: bool,
+    /// End damaged logs before their damage.
+    pub(super) accept_loss: bool,
     pub(super) read_only: bool,
     /// Make a volume that is missing.
     pub(super) create: Option<CreateOptions>,
@@ -202,6 +204,7 @@ impl Volumes {
             read_only: self.read_only,
             io_timeout: self.io_timeout,
             resume: false,
+            accept_loss: self.accept_loss,
         });
         match attached {
             Ok(attached) => Ok((shared, attached, control)),

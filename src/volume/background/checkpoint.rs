@@ -19,7 +19,7 @@ use crate::volume::Volume;
 /// A checkpoint is due after this many chunks.
 const CHECKPOINT_CHUNKS: u64 = 1024;
 /// Largest part of an image, in bytes.
-const PART_BYTES: usize = 32 << 20;
+pub(in crate::volume) const PART_BYTES: usize = 32 << 20;
 
 /// What a checkpoint is of.
 struct Cut {
@@ -150,7 +150,11 @@ fn release(m: &mut crate::manifest::Manifest, cut: &Cut) {
     }
 }
 
-async fn put_parts(
+/// Writes an image's parts, one after the other.
+///
+/// # Errors
+/// The store's.
+pub(in crate::volume) async fn put_parts(
     store: &dyn Store,
     prefix: &str,
     parts: impl Iterator<Item = Bytes>,

@@ -11,7 +11,7 @@
 //! - One task at a time owns the manifest, and one the superblock.
 //! - Once fenced, nothing is uploaded or published again.
 
-mod checkpoint;
+pub(super) mod checkpoint;
 mod groups;
 pub(super) mod logcare;
 

@@ -1,0 +1,66 @@
+//! What there is of a volume in the store.
+
+use super::history::Named;
+use crate::chunk::header;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{self, Manifest};
+use crate::store::{Store, Version};
+use crate::units::{Epoch, Nonce};
+
+/// The manifest as it was found.
+pub(super) enum Found {
+    Good(Box<Manifest>, Version),
+    Damaged(bytes::Bytes, Version, String),
+    Missing,
+}
+
+pub(super) async fn find_manifest(store: &dyn Store, name: &str) -> Result<Found> {
+    let key = manifest::key(name);
+    let mut why = String::new();
+    // A bit may have flipped on the way.
+    for last in [false, true] {
+        let (bytes, version) = match store.get(&key).await {
+            Ok(got) => got,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
+            Err(e) => return Err(e.context(format!("reading {key} in {}", store.url()))),
+        };
+        match Manifest::decode(&bytes) {
+            Ok(m) if m.name == name => return Ok(Found::Good(Box::new(m), version)),
+            Ok(m) => why = format!("it is the manifest of volume {:?}", m.name),
+            Err(e) if e.kind() == ErrorKind::Corrupt => why = e.to_string(),
+            Err(e) => return Err(e.context(format!("reading {key} in {}", store.url()))),
+        }
+        if last {
+            return Ok(Found::Damaged(bytes, version, why));
+        }
+    }
+    Err(Error::new(ErrorKind::Internal, format!("reading {key}: {why}")))
+}
+
+/// All chunks that there are, in order of number.
+pub(super) async fn list_chunks(store: &dyn Store, name: &str) -> Result<Vec<Named>> {
+    let folder = format!("{}chunks/", manifest::prefix(name));
+    let listed = store.list(&folder, None).await;
+    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let parse = |key: &str| key.strip_prefix(&folder).and_then(header::parse_key);
+    let mut named: Vec<Named> = listed
+        .iter()
+        .filter_map(|o| parse(&o.key))
+        .map(|(chunk, epoch, nonce)| Named { chunk, epoch, nonce })
+        .collect();
+    named.sort_unstable();
+    Ok(named)
+}
+
+/// Number, epoch and nonce of the checkpoints that there are parts of.
+pub(super) async fn list_checkpoints(store: &dyn Store, name: &str) -> Result<Vec<(u64, Epoch, Nonce)>> {
+    let folder = format!("{}checkpoints/", manifest::prefix(name));
+    let listed = store.list(&folder, None).await;
+    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let parse = |key: &str| {
+        let mut fields = key.strip_prefix(&folder)?.split('.').next()?.split('-');
+        let mut hex = || u64::from_str_radix(fields.next()?, 16).ok();
+        Some((hex()?, Epoch(hex()?), Nonce(hex()?)))
+    };
+    Ok(listed.iter().filter_map(|o| parse(&o.key)).collect())
+}

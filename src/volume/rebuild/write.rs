@@ -1,0 +1,113 @@
+//! Writing what was rebuilt: nothing that is there changes but the manifest, and that last.
+
+use uuid::Uuid;
+
+use super::find::Found;
+use super::report::{ManifestState, Report};
+use super::{Job, Outcome};
+use crate::error::{ErrorKind, Result};
+use crate::manifest::{self, Checkpoint, Image, Manifest, Published, part_key};
+use crate::map::BaseImage;
+use crate::map::checkpoint::{Ident, encode_full};
+use crate::store::Precondition;
+use crate::units::{Epoch, GroupNo};
+use crate::volume::background::checkpoint::{PART_BYTES, put_parts};
+use crate::volume::recover::StoreEnd;
+
+/// The epoch in the keys of a rebuild's checkpoint.
+pub(super) const NO_ATTACHMENT: Epoch = Epoch(0);
+
+impl Job<'_> {
+    /// Parts, then the damaged manifest under another key, then the manifest.
+    pub(super) async fn write(&self, found: Found, outcome: Outcome) -> Result<Report> {
+        let Outcome { manifest: mut m, assembled: a, map_from, checkpoint_number, given_up, lost, log, notes } =
+            outcome;
+        let image = a.maps.base_image();
+        let mut report = Report {
+            volume: self.name.to_owned(),
+            store: self.store.url(),
+            dry_run: self.opts.dry_run,
+            uuid: m.uuid,
+            size_bytes: m.size_bytes,
+            logical_block: m.logical_block,
+            manifest: match &found {
+                Found::Good(..) => ManifestState::Good,
+                Found::Damaged(..) => ManifestState::Damaged,
+                Found::Missing => ManifestState::Missing,
+            },
+            map_from,
+            kept_as: None,
+            epoch: m.epoch.0,
+            chunks: a.chunks,
+            chunks_ignored: a.end.ignored as u64,
+            group: a.end.group.0,
+            through: a.end.through.0,
+            mapped_blocks: image.mapped_blocks(),
+            groups_given_up: given_up,
+            lost,
+            log,
+            notes,
+        };
+        if let Found::Damaged(_, _, why) = &found {
+            report.notes.insert(0, why.clone());
+        }
+        if self.opts.dry_run {
+            return Ok(report);
+        }
+        m.checkpoint = self.put_checkpoint(&m, &image, checkpoint_number, &a.end).await?;
+        m.publish_id = Uuid::new_v4();
+        let version = match found {
+            Found::Good(_, version) => Some(version),
+            Found::Damaged(bytes, version, _) => {
+                report.kept_as = Some(self.keep(bytes).await?);
+                Some(version)
+            }
+            Found::Missing => None,
+        };
+        Published::replace(self.store, m, version).await?;
+        Ok(report)
+    }
+
+    async fn put_checkpoint(
+        &self,
+        m: &Manifest,
+        image: &BaseImage,
+        number: u64,
+        end: &StoreEnd,
+    ) -> Result<Option<Checkpoint>> {
+        if end.group == GroupNo(0) {
+            return Ok(None);
+        }
+        let prefix = manifest::prefix(self.name);
+        let ident = Ident { volume: m.uuid, number };
+        // A nonce of this very run: whoever else writes a checkpoint of that number writes other objects. And no attachment's
+        // epoch: these keys must not pass for traces of one.
+        let name = |part: usize| part_key(number, NO_ATTACHMENT, self.opts.nonce, part);
+        let parts = put_parts(self.store, &prefix, encode_full(image, ident, PART_BYTES), name).await;
+        let parts = parts.map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
+        let full = Image { number, parts };
+        Ok(Some(Checkpoint { group: end.group, through: end.through, last_chunk: end.last_chunk, full, delta: None }))
+    }
+
+    /// Keeps a damaged manifest under the first key that is free, or already has it.
+    async fn keep(&self, bytes: bytes::Bytes) -> Result<String> {
+        let mut n = 1;
+        loop {
+            let key = format!("{}.damaged-{n}", manifest::key(self.name));
+            let keeping = || format!("keeping the damaged manifest as {key} in {}", self.store.url());
+            match self.store.get(&key).await {
+                Ok((there, _)) if there == bytes => return Ok(key),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    match self.store.put_if(&key, bytes.clone(), Precondition::Absent).await {
+                        Ok(_) => return Ok(key),
+                        Err(e) if e.kind() == ErrorKind::Conflict => continue,
+                        Err(e) => return Err(e.context(keeping())),
+                    }
+                }
+                Err(e) => return Err(e.context(keeping())),
+            }
+            n += 1;
+        }
+    }
+}
