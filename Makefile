@@ -6,7 +6,7 @@
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
 #   make soak    the long forms of the NBD tests, many seeds of the simulation, and soak-guest
-#   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short cuts" for less
+#   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
 #   make bench   benchmarks
