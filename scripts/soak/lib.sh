@@ -85,6 +85,9 @@ stop_load() {
 	fi
 }
 
+# count REGEX: how often it is in the table, its first line aside.
+# shellcheck disable=SC2154 # the table is the caller's
+count() { tail -n +3 "$table" | { grep -oE -- "$1" || true; } | wc -l; }
 commits() { grep -c '^ACK' "$acks" || true; }
 
 # log_use VOLUME: how full its log is, for people.
