@@ -5,7 +5,8 @@
 #   make test    everything (what CI runs)
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
-#   make soak    the long forms of the NBD tests, and many seeds of the simulation
+#   make soak    the long forms of the NBD tests, many seeds of the simulation, and soak-guest
+#   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
 #   make bench   benchmarks
@@ -15,11 +16,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup setup-% build test unit e2e soak mutants fuzz demo bench lint fmt deny clean
+.PHONY: setup setup-% build test unit e2e soak soak-guest mutants fuzz demo bench lint fmt deny clean
 
 CARGO ?= cargo
 KERNEL ?=
 TESTS ?=
+SOAK ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= nbd_handshake nbd_session formats
 DENY = "$${VB_CACHE:-target/guest}/cargo-deny-root/bin/cargo-deny"
@@ -46,6 +48,10 @@ e2e: build
 soak: setup-build setup-test
 	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop
 	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
+	$(MAKE) soak-guest
+
+soak-guest: build
+	scripts/soak/run --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" $(SOAK)
 
 mutants: setup-build
 	scripts/mutants
