@@ -129,13 +129,17 @@ impl Oracle {
         }
         self.taken +=
             self.writes.iter().enumerate().filter(|(id, w)| w.acked.is_some() && !set.contains(id)).count() as u64;
-        // One that was in flight, and that newer ones hide wholly, may be there or not: nothing has told yet.
-        let mut hidden: BTreeSet<usize> =
-            (0..self.writes.len()).filter(|id| !set.contains(id) && self.writes[*id].acked.is_none()).collect();
-        hidden.retain(|id| !self.writes[*id].lost);
-        for history in &self.sectors {
+        // One that was in flight may be there or not if each of its sectors is hidden by a newer one, or shows the zeros
+        // that it may have left: nothing has told yet.
+        let may_be = |id: &usize| {
+            let w = &self.writes[*id];
+            let earlier = |e: &usize| self.writes[*e].acked.is_some_and(|a| a < w.issued);
+            w.acked.is_none() && !w.lost && !set.contains(id) && (0..*id).filter(earlier).all(|e| set.contains(&e))
+        };
+        let mut hidden: BTreeSet<usize> = (0..self.writes.len()).filter(may_be).collect();
+        for (history, found) in self.sectors.iter().zip(found) {
             let shown = history.iter().rposition(|id| set.contains(id)).map_or(0, |p| p + 1);
-            hidden.retain(|id| !history[shown..].contains(id));
+            hidden.retain(|id| !history[shown..].contains(id) || self.stamp(*id) == *found);
         }
         for history in &mut self.sectors {
             history.retain(|id| set.contains(id) || hidden.contains(id));
@@ -211,7 +215,15 @@ mod tests {
             o.judge(After::Process, &[3, 0]).unwrap();
             o.judge(After::Store, &found).unwrap();
         }
-        // Its second sector shows that it is not there.
+        // Its second sector shows that it is not there; or, if that was zeros already, nothing.
+        for (hole, first, good) in [(false, 0, false), (true, 0, true)] {
+            let mut o = Oracle::new(2);
+            o.issue(0, 2, hole);
+            let newer = o.issue(0, 1, false);
+            o.complete(newer, false);
+            o.judge(After::Process, &[2, 0]).unwrap();
+            assert_eq!(o.judge(After::Store, &[first, 0]).is_ok() && o.sectors[0].len() == 1, good);
+        }
         let mut o = Oracle::new(2);
         o.issue(0, 2, false);
         let newer = o.issue(0, 1, false);
