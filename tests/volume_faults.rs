@@ -24,6 +24,7 @@ use vb_ublk::volume::Command;
 use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
+use vb_ublk::wal::codec::SUPERBLOCK_AT;
 use volume_support::{Bench, TestLane, block_on, buf_of, churn, compare, drain, get, on_lane, put};
 
 fn force(bench: &Bench) -> Result<Host> {
@@ -161,6 +162,28 @@ fn the_store_alone_holds_a_prefix_with_all_that_was_drained() {
         }
     }
     assert!(cut_off > 3, "{cut_off} of 10 lives were cut off: too few to say anything");
+}
+
+#[test]
+fn of_two_superblocks_one_is_enough() {
+    let bench = Bench::new(1 << 20);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 3, 1, 9).await);
+    host.abandon().unwrap();
+    let flip = |places: &[u64]| {
+        let mut bytes = fs::read(bench.log()).unwrap();
+        places.iter().for_each(|at| bytes[*at as usize + 100] ^= 1);
+        fs::write(bench.log(), bytes).unwrap();
+    };
+    flip(&SUPERBLOCK_AT);
+    refused(bench.attach(), ErrorKind::Corrupt, "no copy of the log's superblock is valid");
+    flip(&SUPERBLOCK_AT);
+    for place in SUPERBLOCK_AT {
+        flip(&[place]);
+        let host = bench.attach().unwrap();
+        on_lane(host.volume(), async |e| assert_eq!(get(&e, 3).await, Ok(9)));
+        host.abandon().unwrap();
+    }
 }
 
 #[test]

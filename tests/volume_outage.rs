@@ -218,3 +218,21 @@ fn a_request_waits_no_longer_than_it_may() {
     });
     host.detach().unwrap();
 }
+
+/// As if another host had taken it. One look that finds none may be an outage; three in a row are not.
+#[test]
+fn a_volume_that_is_deleted_meanwhile_is_lost() {
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 5, 1, 9).await);
+    drain(host.volume());
+    fs::remove_file(bench.dir.path().join("store/vol/manifest.json")).unwrap();
+    let begun = Instant::now();
+    while !host.volume().is_gone() {
+        assert!(begun.elapsed() < Duration::from_secs(90), "it does not find out");
+        pause(Duration::from_millis(50));
+    }
+    assert!(begun.elapsed() > Duration::from_secs(15), "after {:?}", begun.elapsed());
+    on_lane(host.volume(), async |e| assert_eq!(get(&e, 5).await, Err(IoFault::Gone)));
+    assert_eq!(host.detach().expect_err("there is nothing to release").kind(), ErrorKind::Fenced);
+}

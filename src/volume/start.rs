@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::disk::Disk;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
 use crate::disk::file::DataFile;
+use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::map::{Entry, EntryKind, LogBlock, Maps};
-use crate::units::Seq;
+use crate::units::{BLOCK, Seq};
 use crate::wal::codec::{LogPos, RecordKind};
 use crate::wal::create::{SuperblockFile, zero_slot};
 use crate::wal::log::{Geometry, Log, LogEntry, Start};
@@ -14,6 +16,8 @@ use crate::wal::replay::Replay;
 
 /// Slots that a new log has before the volume is served.
 const FIRST_SLOTS: u32 = 2;
+/// Slots cleared at once.
+const PARALLEL_SLOTS: usize = 16;
 
 /// Where a log lies.
 pub(super) struct Place<'a, D> {
@@ -57,6 +61,24 @@ pub(super) async fn prepare_slots<D: Disk>(at: &Place<'_, D>, r: &mut Replay) ->
     disk.sync().await.context(|| format!("syncing {}", file.path().display()))
 }
 
+/// Of a log whose entries are all in the store, and are known to be in the superblock, nothing is needed. What a power cut has
+/// left behind in its segments goes by entry numbers that are given out again: half overwritten, it would
+/// vouch for entries that never were. Any of these headers may survive alone, since no segment needs another here.
+async fn forget_segments<D: Disk>(at: &Place<'_, D>, slots: u32) -> Result<()> {
+    let Place { disk, file, geometry } = at;
+    let zero = IoBuf::zeroed(BLOCK);
+    let wipe = |slot| {
+        let (offset, zero) = (geometry.slot_offset(slot), zero.clone());
+        async move {
+            disk.writev_at(offset, vec![zero], false)
+                .await
+                .context(|| format!("clearing the log's segment at byte {offset} of {}", file.path().display()))
+        }
+    };
+    stream::iter(0..slots).map(wipe).buffer_unordered(PARALLEL_SLOTS).try_collect::<()>().await?;
+    disk.sync().await.context(|| format!("syncing {}", file.path().display()))
+}
+
 /// Makes the log ready for its next entries: replayed ones applied, synced, with room. Everything up to `stored` is in
 /// the store.
 pub(super) async fn start_log<D: Disk>(
@@ -67,7 +89,7 @@ pub(super) async fn start_log<D: Disk>(
     stored: Seq,
     maps: &Arc<Maps>,
 ) -> Result<Log> {
-    let Place { disk, file, geometry } = at;
+    let Place { disk, file, geometry } = &at;
     let volume_sectors = sb.current.volume_sectors;
     r.entries.retain(|e| e.seq > stored);
     if let Some(first) = r.entries.first()
@@ -90,18 +112,21 @@ pub(super) async fn start_log<D: Disk>(
     // What replay read may still sit in a disk's cache; from here on it counts as durable.
     disk.sync().await.context(|| format!("syncing {}", file.path().display()))?;
     let packed = stored.max(r.packed);
-    sb.packed(disk, packed).await?;
+    sb.packed(*disk, packed).await?;
     let kept: Vec<_> = r.live.iter().copied().filter(|l| l.last_seq > packed).collect();
     r.free.extend(r.live.iter().filter(|l| l.last_seq <= packed).map(|l| l.slot));
     if file.is_device() {
         let used: Vec<u32> = kept.iter().map(|l| l.slot).collect();
         r.free = (0..r.slots_ready).filter(|s| !used.contains(s)).collect();
     }
+    if kept.is_empty() && r.next_generation > 1 {
+        forget_segments(&at, r.slots_ready).await?;
+    }
     let sink_maps = maps.clone();
     let log = Log::new(
         sb.current.volume,
         sb.current.log_id,
-        geometry,
+        *geometry,
         Start {
             next_seq: Seq(stored.max(r.last_seq).0 + 1),
             packed,

@@ -70,6 +70,13 @@ impl Oracle {
         self.writes[id].durable |= fua;
     }
 
+    /// Whether a write is known there of which nobody knows if it has come to be. A hole over another that is in doubt could not
+    /// be told from it: the smallest set would hold the older one where the newer one is the truth (seed 4379).
+    pub(crate) fn in_doubt(&self, lba: u64, sectors: u64) -> bool {
+        let doubtful = |id: &usize| self.writes[*id].acked.is_none();
+        (lba..lba + sectors).any(|s| self.sectors[s as usize].iter().any(doubtful))
+    }
+
     /// The completed writes.
     pub(crate) fn completed(&self) -> Vec<usize> {
         (0..self.writes.len()).filter(|id| self.writes[*id].acked.is_some()).collect()

@@ -171,6 +171,7 @@ impl Shared {
         let Some(range) = self.range() else { return Ok(()) };
         let Range { lba, sectors, .. } = range;
         let (kind, fua) = (self.below(6), self.below(6) == 0);
+        let kind = if self.oracle.borrow().in_doubt(lba, sectors) { kind.max(2) } else { kind };
         let id = self.oracle.borrow_mut().issue(lba, sectors, kind < 2);
         match kind {
             0 => lane.discard(Lba(lba), sectors, fua).await?,

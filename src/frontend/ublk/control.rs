@@ -14,7 +14,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode, squeue};
@@ -26,6 +27,8 @@ use crate::error::{Context as _, Error, ErrorKind, Result};
 const CONTROL: &str = "/dev/ublk-control";
 const CHAR_DEVICES: &str = "/sys/class/ublk-char";
 const INFO_BYTES: usize = 64;
+/// How long a deleted device's number may take to come free while nobody has it open.
+const GONE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the kernel says of a device's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,6 +232,34 @@ impl Control {
     }
 
     /// A command without a buffer, in either encoding.
+    /// See [`delete_stopped`]. Before Linux 6.9 it waits until the last one has closed it.
+    fn delete(&mut self, id: u32) -> Result<()> {
+        let mut result = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, None, 0);
+        let unknown = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOTTY));
+        if result.as_ref().is_err_and(unknown) {
+            loop {
+                result = self.simple(sys::UBLK_U_CMD_DEL_DEV, id);
+                // Interrupted while it waited: it is gone already, and will be found so.
+                if !result.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINTR)) {
+                    break;
+                }
+            }
+        }
+        match result {
+            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+            Err(e) => Err(refusal(e).context(format!("deleting /dev/ublkb{id}"))),
+            Ok(()) => {
+                // With nobody there it takes no time; who adds it again at once finds the number free.
+                let node = PathBuf::from(format!("/dev/ublkc{id}"));
+                let begun = Instant::now();
+                while node.exists() && begun.elapsed() < GONE_TIMEOUT {
+                    super::pause(Duration::from_millis(5));
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn simple(&mut self, op: u32, id: u32) -> io::Result<()> {
         match self.command(op, id, None, 0) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => self.command(op & 0xff, id, None, 0),
@@ -297,15 +328,16 @@ pub fn delete_dead(id: u32) -> Result<()> {
     }
     let stopped = control.simple(sys::UBLK_U_CMD_STOP_DEV, id);
     stopped.map_err(|e| refusal(e).context(format!("stopping /dev/ublkb{id}")))?;
-    loop {
-        match control.simple(sys::UBLK_U_CMD_DEL_DEV, id) {
-            Ok(()) => return Ok(()),
-            // Interrupted while it waited for the last user: it is gone already.
-            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
-            Err(e) => return Err(refusal(e).context(format!("deleting /dev/ublkb{id}"))),
-        }
-    }
+    control.delete(id)
+}
+
+/// Removes a stopped device. Who still has it open, as when it is mounted, sees errors; its number is free when the last
+/// one has closed it.
+///
+/// # Errors
+/// The driver's. One that is gone already is none.
+pub(super) fn delete_stopped(id: u32) -> Result<()> {
+    Control::open()?.delete(id)
 }
 
 /// Whether a block device is mounted, or held by something else that wants it alone.

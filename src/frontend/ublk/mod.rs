@@ -92,11 +92,10 @@ where
         // The data of a device in recovery may still be wanted: it stays, quiesced or waiting.
         return served;
     }
-    let deleted = ctrl.del_dev().map_err(from_ublk).context(|| format!("deleting /dev/ublkb{id}"));
-    match (served, deleted) {
-        (Ok(()), Err(e)) if e.kind() != ErrorKind::NotFound => Err(e),
-        (served, _) => served,
-    }
+    // What is left is uploaded after this: it does not wait for whoever has a device open that was stopped by force, as `ctrl`
+    // would when it is dropped.
+    ctrl.disown();
+    served.and(control::delete_stopped(id))
 }
 
 fn block_signals() -> Result<()> {
