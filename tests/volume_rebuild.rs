@@ -1,6 +1,7 @@
 //! Rebuilding a volume: whatever becomes of manifest and checkpoints, the chunks (and the log) bring it back; and what
 //! cannot be brought back is refused, by name.
 
+mod command_support;
 mod damage_support;
 mod rebuild_support;
 mod support_rng;
@@ -9,8 +10,8 @@ mod volume_support;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command as Process, Output, Stdio};
 
+use command_support::{text, volume_command};
 use damage_support::{flip, name, objects, three_groups};
 use rebuild_support::{
     MAPS, MIB, Spoil, assert_blocks, attach, each_part, first_groups, is_readable, local_log, manifest, manifest_path,
@@ -512,50 +513,34 @@ fn what_goes_wrong_on_the_way_is_no_damage() {
 }
 
 /// The built binary; the log is where it looks for it by itself.
-fn run(bench: &Bench, args: &[&str]) -> Output {
-    let dir = bench.dir.path();
-    Process::new(env!("CARGO_BIN_EXE_vb-ublk"))
-        .args(["volume", "rebuild", "--store", &bench.url().to_string()])
-        .args(args)
-        .env_clear()
-        .env("VB_UBLK_DATA_DIR", dir)
-        .env("VB_UBLK_RUN_DIR", dir.join("run"))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
 #[test]
 fn the_command_says_it_to_people_and_to_scripts() {
     let bench = Bench::new(MIB);
+    let run = |args: &[&str]| volume_command(&bench, "rebuild", args);
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| put(&e, 0, 10, 1).await);
     drain(host.volume());
     // Whoever has the log has the volume.
-    let out = run(&bench, &["vol"]);
+    let out = run(&["vol"]);
     assert!(text(&out.stderr).contains("in use by another process"), "{out:?}");
     on_lane(host.volume(), async |e| put(&e, 5, 10, 2).await);
     host.abandon().unwrap();
     fs::write(manifest_path(&bench), "garbage").unwrap();
-    let out = run(&bench, &["vol", "--dry-run"]);
+    let out = run(&["vol", "--dry-run"]);
     let said = text(&out.stdout);
     assert!(out.status.success() && said.contains("would be rebuilt as of group 1"), "{out:?}");
-    let out = run(&bench, &["vol", "--json"]);
+    let out = run(&["vol", "--json"]);
     assert_eq!((out.status.code(), text(&out.stderr).as_str()), (Some(0), ""), "{out:?}");
     let json: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!((&json["group"], &json["kept_as"]), (&1.into(), &"vol/manifest.json.damaged-1".into()), "{json:#}");
     assert_eq!((&json["size_bytes"], &json["groups_given_up"]), (&MIB.into(), &0.into()), "{json:#}");
     assert!(json["log"]["replayed"].is_u64(), "{json:#}");
-    let out = run(&bench, &["vol"]);
+    let out = run(&["vol"]);
     let said = text(&out.stdout);
     assert!(said.contains("its good checkpoint") && said.contains("log: the next `vb-ublk add`"), "{said}");
     assert_blocks(&bench, &[1, 1, 1, 1, 1, 2, 2]);
-    let out = run(&bench, &["vol", "--wal-dir", "/does/not/exist"]);
+    let out = run(&["vol", "--wal-dir", "/does/not/exist"]);
     assert!(out.status.code() == Some(1) && text(&out.stderr).contains("there is no log"), "{out:?}");
-    let out = run(&bench, &["other"]);
+    let out = run(&["other"]);
     assert!(out.status.code() == Some(1) && text(&out.stderr).contains("nothing to rebuild it from"), "{out:?}");
 }

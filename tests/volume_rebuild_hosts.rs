@@ -2,6 +2,8 @@
 //! go on uploading.
 
 #[allow(dead_code, reason = "not all of it is wanted here")]
+mod command_support;
+#[allow(dead_code, reason = "not all of it is wanted here")]
 mod damage_support;
 #[allow(dead_code, reason = "not all of it is wanted here")]
 mod rebuild_support;

@@ -1,16 +1,16 @@
 //! Verifying a volume: all damage is told, by its sectors where it has any, and nothing else is.
 
+mod command_support;
 mod damage_support;
 mod support_rng;
 #[expect(dead_code, reason = "nothing here has to wait")]
 mod volume_support;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command as Process, Output, Stdio};
+use std::path::Path;
 use std::sync::Arc;
 
+use command_support::{everything, text, volume_command};
 use damage_support::{flip, name, objects, three_groups};
 use serde_json::Value;
 use support_rng::Rng;
@@ -65,23 +65,6 @@ fn places(report: &Report) -> Vec<Place> {
 fn assert_damage(report: &Report, expected: &[Place], key: &str) {
     assert_eq!(places(report), expected, "{report:#?}");
     assert!(report.damage.iter().all(|d| d.key.ends_with(key)), "{key}: {report:#?}");
-}
-
-/// All files of the volume, with their content.
-fn everything(bench: &Bench) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut all = BTreeMap::new();
-    let mut folders = vec![bench.dir.path().join("store")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                all.insert(path.clone(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    all
 }
 
 fn flip_block(path: &Path, block: usize) {
@@ -432,34 +415,18 @@ fn a_store_that_is_away_is_an_error_and_no_damage() {
 }
 
 /// The built binary, in surroundings of its own.
-fn run(bench: &Bench, args: &[&str]) -> Output {
-    let dir = bench.dir.path();
-    Process::new(env!("CARGO_BIN_EXE_vb-ublk"))
-        .args(["volume", "verify", "--store", &bench.url().to_string()])
-        .args(args)
-        .env_clear()
-        .env("VB_UBLK_DATA_DIR", dir.join("data"))
-        .env("VB_UBLK_RUN_DIR", dir.join("run"))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
 #[test]
 fn the_command_says_it_to_people_and_to_scripts() {
     let bench = three_groups(true);
-    let out = run(&bench, &["vol"]);
+    let run = |args: &[&str]| volume_command(&bench, "verify", args);
+    let out = run(&["vol"]);
     assert_eq!((out.status.code(), text(&out.stderr).as_str()), (Some(0), ""), "{out:?}");
     let said = text(&out.stdout);
     assert!(
         said.contains("volume vol is well: 30 blocks (120 KiB) in 3 chunks") && said.lines().count() == 1,
         "{said}"
     );
-    let out = run(&bench, &["vol", "--json"]);
+    let out = run(&["vol", "--json"]);
     assert_eq!((out.status.code(), text(&out.stderr).as_str()), (Some(0), ""), "{out:?}");
     let json: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!((&json["damage"], &json["blocks_checked"]), (&Value::Array(vec![]), &Value::from(30)));
@@ -467,7 +434,7 @@ fn the_command_says_it_to_people_and_to_scripts() {
     let chunks = objects(&bench, "chunks");
     flip_block(&chunks[1], 4);
     fs::remove_file(&chunks[0]).unwrap();
-    let out = run(&bench, &["vol"]);
+    let out = run(&["vol"]);
     let (said, line) = (text(&out.stdout), text(&out.stderr));
     eprintln!("{said}{line}");
     assert_eq!((out.status.code(), line.lines().count()), (Some(1), 1), "{out:?}");
@@ -479,7 +446,7 @@ fn the_command_says_it_to_people_and_to_scripts() {
     assert_eq!(rows[2][..4], ["112", "8", "checksum", &format!("vol/chunks/{}", name(&chunks[1]))]);
     assert!(said.contains("\nchecksum: reads of these sectors fail") && said.contains("\nmissing: "), "{said}");
 
-    let out = run(&bench, &["vol", "--json"]);
+    let out = run(&["vol", "--json"]);
     assert_eq!((out.status.code(), text(&out.stderr).lines().count()), (Some(1), 1), "{out:?}");
     let json: Value = serde_json::from_slice(&out.stdout).unwrap();
     let damage = json["damage"].as_array().unwrap();
@@ -488,12 +455,12 @@ fn the_command_says_it_to_people_and_to_scripts() {
     assert_eq!((&damage[1]["kind"], &json["chunks_missing"]), (&Value::from("checksum"), &Value::from(1)));
     assert!(damage.iter().all(|d| ["key", "why", "meaning", "advice"].iter().all(|f| d[f].is_string())), "{json}");
 
-    let out = run(&bench, &["nosuch"]);
+    let out = run(&["nosuch"]);
     assert_eq!((out.status.code(), out.stdout.len()), (Some(1), 0), "{out:?}");
     assert!(text(&out.stderr).contains("nosuch"), "{out:?}");
     // Whoever still has it is named.
     let host = Host::attach(AttachOptions { force: true, ..bench.options() }).unwrap();
-    let out = run(&bench, &["vol"]);
+    let out = run(&["vol"]);
     assert!(text(&out.stdout).contains("note: the volume is attached by host"), "{out:?}");
     host.abandon().unwrap();
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 
+use super::batch::Batch;
 use super::codec::{LogPos, MAX_HEADER_BYTES, RecordEntry, RecordKind, header_bytes, place_record, prepare_record};
 use super::log::{Failed, Log, Refused, Room, number_entries};
 use crate::checksum::block_crc;
@@ -63,18 +64,6 @@ impl From<Failed> for NotLogged {
     }
 }
 
-#[derive(Default)]
-struct Batch {
-    entries: Vec<RecordEntry>,
-    crcs: Vec<u32>,
-    data: Vec<IoBuf>,
-    tickets: Vec<usize>,
-    /// Since when each entry waits.
-    since: Vec<Duration>,
-    /// Every entry asked for FUA.
-    all_fua: bool,
-}
-
 enum TicketState {
     Free,
     Waiting(Option<Waker>),
@@ -105,41 +94,6 @@ struct State {
     looks: u64,
     lookers: Vec<Waker>,
     counters: AppendCounters,
-}
-
-impl Batch {
-    fn clear(&mut self) {
-        self.entries.clear();
-        self.crcs.clear();
-        self.data.clear();
-        self.tickets.clear();
-        self.since.clear();
-    }
-
-    /// Takes out what has waited since before `cutoff`; returns its tickets.
-    fn expire(&mut self, cutoff: Duration) -> Vec<usize> {
-        if self.since.iter().all(|s| *s >= cutoff) {
-            return Vec::new();
-        }
-        let all = std::mem::take(self);
-        let (mut data, mut crcs) = (all.data.into_iter(), all.crcs.into_iter());
-        let mut expired = Vec::new();
-        self.all_fua = all.all_fua;
-        for ((entry, ticket), since) in all.entries.into_iter().zip(all.tickets).zip(all.since) {
-            let stored: Vec<u32> = crcs.by_ref().take(entry.stored_blocks() as usize).collect();
-            let buf = (entry.kind == RecordKind::Data).then(|| data.next()).flatten();
-            if since < cutoff {
-                expired.push(ticket);
-                continue;
-            }
-            self.entries.push(entry);
-            self.tickets.push(ticket);
-            self.since.push(since);
-            self.crcs.extend(stored);
-            self.data.extend(buf);
-        }
-        expired
-    }
 }
 
 /// See the module's page.

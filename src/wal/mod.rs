@@ -3,12 +3,14 @@
 //! - [`codec`]: superblock, segment and record headers as bytes.
 //! - [`log`]: the state that lanes share: tail, frontier, durable mark, slots.
 //! - [`appender`]: one lane's side: gathers writes, seals batches, acknowledges.
+//! - `batch`: what gathers until it leaves as one record.
 //! - [`replay`]: reads a log back.
 //! - [`inspect`]: looks into a log that nobody has, damaged or not, and reads its data.
 //! - [`salvage`]: ends a damaged log before its damage.
 //! - [`create`](mod@create): makes a new log and grows it.
 
 pub mod appender;
+mod batch;
 pub mod codec;
 pub mod create;
 pub mod inspect;

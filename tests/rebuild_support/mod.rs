@@ -1,6 +1,5 @@
 //! Rebuilding a volume and holding the result against its promises; and the ways to lose a volume's map.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +14,7 @@ use vb_ublk::volume::rebuild::{LocalLog, Options, Report, rebuild};
 use vb_ublk::volume::verify::verify;
 use vb_ublk::wal::inspect::inspect;
 
+use crate::command_support::everything;
 use crate::damage_support::{flip, name};
 use crate::volume_support::{Bench, block_on, get, on_lane};
 
@@ -100,23 +100,6 @@ pub(crate) fn is_readable(bench: &Bench) -> bool {
 
 pub(crate) fn manifest(bench: &Bench) -> Manifest {
     Manifest::decode(&fs::read(manifest_path(bench)).unwrap()).unwrap()
-}
-
-/// All files of the store, with their content.
-pub(crate) fn everything(bench: &Bench) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut all = BTreeMap::new();
-    let mut folders = vec![bench.dir.path().join("store")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                all.insert(path.clone(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    all
 }
 
 pub(crate) fn attach(bench: &Bench, force: bool) -> Host {
