@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::background::{Attachment, Background, Holding};
 use super::recover::checkpoint_end;
 use super::start::{Place, prepare_slots, start_log};
-use super::take::{By, LogSays, take};
+use super::take::{By, LogSays, look, take};
 use super::{Parts, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
@@ -121,7 +121,8 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     prepare_slots(&Place { disk: &disk, file: &file, geometry }, &mut replayed).await?;
     let says = LogSays { ours, packed: replayed.packed, last: replayed.last_seq };
     let by = By { store, disk: &disk, timer: &timer, request: &request };
-    let taken = take(by, &mut published, &mut sb, says).await?;
+    let found = look(store, &published.manifest, says).await?;
+    let taken = take(by, &mut published, &mut sb, says, found).await?;
 
     let at = Place { disk: &disk, file: &file, geometry };
     let log = start_log(at, &mut sb, salt, replayed, taken.end.through, &taken.maps).await?;
@@ -135,7 +136,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         store_url: store.url(),
         log,
         log_file: file,
-        maps: taken.maps,
+        maps: taken.maps.clone(),
     });
     let reader = ChunkReader::new(stores.background.clone(), Arc::default());
     let mut background = Background::new(Attachment {
@@ -146,7 +147,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         reader: reader.clone(),
         commands,
     });
-    background.take_up(Holding { published, superblock: sb, end: taken.end, full_image: taken.full_image });
+    background.take_up(Holding { published, superblock: sb, end: taken.end, full_image: taken.full_image() });
     Ok(Attached { volume, background, reads, reader })
 }
 

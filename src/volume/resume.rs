@@ -12,17 +12,18 @@
 //!   does a reader see a base that lacks what the overlay has lost.
 //! - A manifest that another attachment has taken since means that the volume is lost: nothing is acknowledged any more.
 
+use std::io;
 use std::sync::Arc;
 
 use super::attach::{Attached, OpenLog, Request, Stores, geometry_of, is_ours};
 use super::background::{Attachment, Background, Backoff, Holding, POLL_MANIFEST, POLLS_WITHOUT_MANIFEST, trouble};
 use super::start::{Place, prepare_slots, start_log};
-use super::take::{By, LogSays, Taken, take};
+use super::take::{By, LogSays, look, take};
 use super::{Parts, Volume};
 use crate::chunk::reader::ChunkReader;
-use crate::disk::Disk;
+use crate::disk::{Disk, IoBuf};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::Published;
+use crate::manifest::{Published, prefix};
 use crate::map::Maps;
 use crate::store::Store;
 use crate::time::Timer;
@@ -82,16 +83,53 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         reader: reader.clone(),
         commands,
     });
-    let taking = Taking { volume: volume.clone(), store: stores.attach, disk, sb, says, request, missing: 0 };
+    let latching = Latching { disk, volume: volume.clone() };
+    let taking = Taking {
+        volume: volume.clone(),
+        store: stores.attach,
+        disk: latching,
+        reader: reader.clone(),
+        sb,
+        says,
+        request,
+        missing: 0,
+    };
     background.confirm_by(taking.run(timer));
     Ok(Attached { volume, background, reads, reader })
+}
+
+/// The log's disk while lanes write to it: the kernel tells of a failed write or sync once, and whoever is told latches the log.
+struct Latching<D> {
+    disk: D,
+    volume: Arc<Volume>,
+}
+
+impl<D> Latching<D> {
+    fn seen(&self, result: io::Result<()>) -> io::Result<()> {
+        result.inspect_err(|e| self.volume.log.fail(format!("writing or syncing the log's superblock failed: {e}")))
+    }
+}
+
+impl<D: Disk> Disk for Latching<D> {
+    async fn read_at(&self, offset: u64, dst: IoBuf) -> io::Result<()> {
+        self.disk.read_at(offset, dst).await
+    }
+
+    async fn writev_at(&self, offset: u64, bufs: Vec<IoBuf>, dsync: bool) -> io::Result<()> {
+        self.seen(self.disk.writev_at(offset, bufs, dsync).await)
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        self.seen(self.disk.sync().await)
+    }
 }
 
 /// The taking of a volume that is served already.
 struct Taking<D> {
     volume: Arc<Volume>,
     store: Arc<dyn Store>,
-    disk: D,
+    disk: Latching<D>,
+    reader: ChunkReader,
     sb: SuperblockFile,
     says: LogSays,
     request: Request,
@@ -149,14 +187,21 @@ impl<D: Disk> Taking<D> {
             );
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        let by = By { store: &*self.store, disk: &self.disk, timer, request: &self.request };
-        let Taken { full_image, maps, end } = match take(by, &mut published, &mut self.sb, self.says).await {
-            Ok(taken) => taken,
-            // Who has it now shows in the next look at the manifest.
+        // Who has it now shows in the next look at the manifest.
+        let found = match look(&*self.store, m, self.says).await {
+            Ok(found) => found,
             Err(e) => return Ok(Err(e)),
         };
-        self.check_log(end.through)?;
-        self.volume.maps.load_base(&maps.base_image());
+        self.check_log(found.end.through)?;
+        let by = By { store: &*self.store, disk: &self.disk, timer, request: &self.request };
+        let found = match take(by, &mut published, &mut self.sb, self.says, found).await {
+            Ok(found) => found,
+            Err(e) => return Ok(Err(e)),
+        };
+        let (end, full_image) = (found.end, found.full_image());
+        // Before the first reader can meet a location.
+        self.reader.keys().set_own(&prefix(&published.manifest.name), &published.manifest.history);
+        self.volume.maps.load_base(&found.maps.base_image());
         self.volume.maps.drop_overlay_through(end.through);
         self.volume.log.retire(end.through);
         tracing::info!("volume {:?} is confirmed: epoch {}", published.manifest.name, published.manifest.epoch);

@@ -1,9 +1,9 @@
 //! Taking a volume: what the store has of it is found, and the next epoch is drawn, by conditional writes.
 //!
-//! 1. A nonce is made durable in the log's superblock, so that a manifest that carries it is known as ours even if
+//! 1. The base map is loaded and, after an unclean end, the whole groups beyond it are applied ([`look`]): whatever may be
+//!    wrong with the volume is found before it is taken.
+//! 2. A nonce is made durable in the log's superblock, so that a manifest that carries it is known as ours even if
 //!    the reply to step 3 is lost.
-//! 2. The base map is loaded and, after an unclean end, the whole groups beyond it are applied: whatever may be wrong with
-//!    the volume is found before it is taken.
 //! 3. The manifest is replaced, conditionally, by one with the next epoch and that nonce.
 //! 4. After an unclean end, where this epoch's own groups and chunk numbers begin is published. Only then may
 //!    anything be uploaded.
@@ -43,14 +43,31 @@ pub(super) struct LogSays {
     pub last: Seq,
 }
 
-/// A volume that is taken.
-pub(super) struct Taken {
-    /// The newest full image, without its delta.
-    pub full_image: BaseImage,
+/// What the store has of a volume.
+pub(super) struct Found {
+    /// The newest full image, and the one with its delta.
+    images: Images,
     /// The volume's base, with all whole groups.
     pub maps: Arc<Maps>,
     /// Where the whole groups end.
     pub end: StoreEnd,
+}
+
+impl Found {
+    /// The newest full image, without its delta.
+    pub(super) fn full_image(&self) -> BaseImage {
+        self.images.full.clone()
+    }
+}
+
+/// Step 1. Nothing is changed.
+///
+/// # Errors
+/// `Corrupt`, also when the store lacks what the log says that it has; the store's.
+pub(super) async fn look(store: &dyn Store, m: &Manifest, log: LogSays) -> Result<Found> {
+    let images = load_images(store, &prefix(&m.name), m).await?;
+    let (maps, end) = find_groups(store, m, &images, log.packed).await?;
+    Ok(Found { images, maps, end })
 }
 
 /// What one takes a volume by.
@@ -62,27 +79,23 @@ pub(super) struct By<'a, D, T> {
     pub request: &'a Request,
 }
 
-/// Takes the volume whose manifest is `published`. See the module's page.
+/// Steps 2 to 4: takes the volume whose manifest is `published`, and of which `found` was found.
 ///
 /// # Errors
-/// `Corrupt`, `Conflict` or `Fenced` when another takes it at the same time, the store's and the log's. Until step 3 nothing
-/// has changed in the store.
+/// `Conflict` or `Fenced` when another takes it at the same time, the store's and the log's. Until step 3 nothing has changed in
+/// the store.
 pub(super) async fn take<D: Disk, T: Timer>(
     by: By<'_, D, T>,
     published: &mut Published,
     sb: &mut SuperblockFile,
     log: LogSays,
-) -> Result<Taken> {
+    mut found: Found,
+) -> Result<Found> {
     let By { store, disk, timer, request } = by;
     let nonce = request.nonce;
-    if sb.current.confirmed != nonce && !sb.current.drawn.contains(&nonce) {
-        sb.draw(disk, nonce).await?;
-    }
     let before = published.manifest.clone();
     let name_prefix = prefix(&before.name);
     let clean = before.writer.is_none();
-    let images = load_images(store, &name_prefix, &before).await?;
-    let found = find_groups(store, &name_prefix, &before, &images, clean, log.packed).await?;
     let capability = probe::conditional_writes(store, &name_prefix)
         .await
         .map_err(|e| e.context(format!("trying conditional writes in {}", store.url())))?;
@@ -93,6 +106,9 @@ pub(super) async fn take<D: Disk, T: Timer>(
             store.url(),
             before.name
         );
+    }
+    if sb.current.confirmed != nonce && !sb.current.drawn.contains(&nonce) {
+        sb.draw(disk, nonce).await?;
     }
     // An earlier try may have come so far, and not have heard of it.
     let taken_before = before.nonce == nonce;
@@ -120,35 +136,21 @@ pub(super) async fn take<D: Disk, T: Timer>(
     .await?;
 
     // A host that was alive until just now may have finished a group since the look; one that is dead has it in the log.
-    let Found { maps, end } = if clean || log.ours {
-        found
-    } else {
-        find_groups(store, &name_prefix, &before, &images, clean, log.packed).await?
-    };
-    if published.manifest.history.last().is_none_or(|e| e.first.is_none()) {
-        publish_first(published, store, &end).await?;
-        report_end(&before, &end, log);
+    if !clean && !log.ours {
+        (found.maps, found.end) = find_groups(store, &before, &found.images, log.packed).await?;
     }
-    Ok(Taken { full_image: images.full, maps, end })
+    if published.manifest.history.last().is_none_or(|e| e.first.is_none()) {
+        publish_first(published, store, &found.end).await?;
+        report_end(&before, &found.end, log);
+    }
+    Ok(found)
 }
 
-/// The volume's base as the store has it.
-struct Found {
-    maps: Arc<Maps>,
-    end: StoreEnd,
-}
-
-async fn find_groups(
-    store: &dyn Store,
-    name_prefix: &str,
-    m: &Manifest,
-    images: &Images,
-    clean: bool,
-    packed: Seq,
-) -> Result<Found> {
+async fn find_groups(store: &dyn Store, m: &Manifest, images: &Images, packed: Seq) -> Result<(Arc<Maps>, StoreEnd)> {
     let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
     maps.load_base(&images.current);
-    let end = if clean { checkpoint_end(m) } else { apply_groups(store, name_prefix, m, &maps).await? };
+    let clean = m.writer.is_none();
+    let end = if clean { checkpoint_end(m) } else { apply_groups(store, &prefix(&m.name), m, &maps).await? };
     if packed > end.through {
         return Err(Error::new(
             ErrorKind::Corrupt,
@@ -161,7 +163,7 @@ async fn find_groups(
             ),
         ));
     }
-    Ok(Found { maps, end })
+    Ok((maps, end))
 }
 
 async fn publish_first(published: &mut Published, store: &dyn Store, end: &StoreEnd) -> Result<()> {

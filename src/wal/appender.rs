@@ -278,14 +278,16 @@ impl<D: Disk> Appender<D> {
             if s.looks != seen {
                 return Poll::Ready(s.cutoff);
             }
-            s.lookers.push(cx.waker().clone());
+            if !s.lookers.iter().any(|w| w.will_wake(cx.waker())) {
+                s.lookers.push(cx.waker().clone());
+            }
             Poll::Pending
         })
         .await
     }
 
     /// Waits for room, and meanwhile gives up what of the batch has waited too long. Whether any of it has.
-    async fn wait_for_room(&self, batch: &mut Batch) -> bool {
+    async fn wait_for_room(&self, batch: &mut Batch, record_bytes: u32) -> bool {
         {
             let mut s = self.state.borrow_mut();
             s.stalled += 1;
@@ -293,7 +295,7 @@ impl<D: Disk> Appender<D> {
                 w.wake();
             }
         }
-        let mut freed = std::pin::pin!(self.log.room_freed());
+        let mut freed = std::pin::pin!(self.log.room_freed(record_bytes));
         let given_up = loop {
             let seen = self.state.borrow().looks;
             let Either::Right((cutoff, _)) = select(freed.as_mut(), std::pin::pin!(self.look(seen))).await else {
@@ -364,7 +366,7 @@ impl<D: Disk> Appender<D> {
             let record_bytes = (header.len() + batch.crcs.len() * BLOCK) as u32;
             match self.log.reserve(record_bytes, batch.entries.len() as u32, passer) {
                 Ok(room) => break room,
-                Err(Refused::Full) if self.wait_for_room(batch).await => header = self.header(batch),
+                Err(Refused::Full) if self.wait_for_room(batch, record_bytes).await => header = self.header(batch),
                 Err(Refused::Full) => {}
                 Err(Refused::Failed) => return Err(Failed),
             }

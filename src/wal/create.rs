@@ -83,10 +83,13 @@ impl SuperblockFile {
     /// Changes the superblock durably.
     ///
     /// # Errors
-    /// The I/O error; the change may then be on disk or not.
+    /// The I/O error; the change may then be on disk or not, and is not in `current`: it counts only when it is known to be there.
     pub async fn update<D: Disk>(&mut self, disk: &D, change: impl FnOnce(&mut Superblock)) -> Result<()> {
-        change(&mut self.current);
-        self.store(disk).await
+        let mut next = Self { current: self.current.clone() };
+        change(&mut next.current);
+        next.store(disk).await?;
+        *self = next;
+        Ok(())
     }
 
     /// Adds a fresh nonce, durably, before it is shown to the store.

@@ -123,6 +123,26 @@ fn what_has_waited_too_long_is_never_logged() {
     });
 }
 
+/// One slot that comes free is room for all who fit in.
+#[test]
+fn two_lanes_share_the_room_of_one_slot() {
+    let disk = fresh_disk();
+    let d = disk.clone();
+    quietly(&disk, async move |spawner| {
+        let (log, a, mut sb) = begin(&d, &spawner).await;
+        let b = appender(&log, &d, &spawner);
+        fill(&d, &a, &spawner).await;
+        fill(&d, &b, &spawner).await;
+        // The open segment stays; those before it go.
+        make_room(&d, &log, &mut sb).await;
+        let through = log.passed_seq();
+        while a.stalled().now_or_never().is_some() || b.stalled().now_or_never().is_some() {
+            assert!(log.passed_seq().0 < through.0 + 3, "one of them waits on beside room");
+            d.tick().await.unwrap();
+        }
+    });
+}
+
 /// What is left of a record when some of it was given up is whole.
 #[test]
 fn the_rest_of_a_batch_is_logged_as_it_was() {

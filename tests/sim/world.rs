@@ -235,9 +235,7 @@ impl Shared {
         let (me, clock) = (life.me, &life.clock);
         for _ in 0..life.load.requests {
             if life.load.breaks && self.below(60) == 0 {
-                self.broken.set(true);
-                self.saw(|s| s.broken += 1);
-                if self.below(2) == 0 { life.disk.fail_next_write() } else { life.disk.fail_next_sync() }
+                life.break_disk();
             }
             if self.owner.get().is_some_and(|o| o != me) {
                 self.haunt(lane).await;
@@ -442,6 +440,14 @@ struct Life {
 }
 
 impl Life {
+    /// The next write or sync of the log's disk fails.
+    fn break_disk(&self) {
+        let shared = &self.shared;
+        shared.broken.set(true);
+        shared.saw(|s| s.broken += 1);
+        if shared.below(2) == 0 { self.disk.fail_next_write() } else { self.disk.fail_next_sync() }
+    }
+
     /// As often as it takes: what a dead process has sent may land at any time and look like another host.
     async fn attach(&self) -> Attached<SimDisk, SimClock> {
         for _ in 0..20 {
@@ -498,7 +504,10 @@ async fn early(life: &Life, lanes: &[Rc<Lane>], volume: &Volume) {
                 shared.saw(|s| s.resumed += 1);
             }
             let done = if shared.below(4) == 0 { shared.flush(lane).await } else { shared.write(lane).await };
-            done.expect("nothing fails here");
+            if let Err(e) = done {
+                assert!(shared.broken.get(), "nothing fails here, and this did: {e}");
+                return;
+            }
         }
     });
     join_all(workers).await;
@@ -512,7 +521,15 @@ async fn live(life: Life) {
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
     if life.resume {
+        // Whoever meets it, a lane or who takes the volume, has to tell the others.
+        if life.load.breaks && shared.below(2) == 0 {
+            life.break_disk();
+        }
         early(&life, &lanes, &volume).await;
+        if shared.broken.get() {
+            // What failed now is in doubt until the next life: nothing is to be judged yet.
+            return;
+        }
     }
     let found = stamps(&lanes[0], 0, SECTORS).await.expect("all can be read");
     if let Some(after) = life.after {

@@ -231,7 +231,6 @@ impl Control {
         }
     }
 
-    /// A command without a buffer, in either encoding.
     /// See [`delete_stopped`]. Before Linux 6.9 it waits until the last one has closed it.
     fn delete(&mut self, id: u32) -> Result<()> {
         let mut result = self.command(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, None, 0);
@@ -260,6 +259,7 @@ impl Control {
         }
     }
 
+    /// A command without a buffer, in either encoding.
     fn simple(&mut self, op: u32, id: u32) -> io::Result<()> {
         match self.command(op, id, None, 0) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => self.command(op & 0xff, id, None, 0),

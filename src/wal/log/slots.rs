@@ -19,18 +19,23 @@ use crate::wal::codec::{LogPos, SLOTS_START};
 const GROW_AHEAD: usize = 4;
 
 impl Tail {
-    /// Who may look for room again, now that there may be some.
+    /// Whether a record of so many bytes finds room: in the open segment, or in one of its own.
+    pub(super) fn has_room(&self, record_bytes: u32, segment_bytes: u32) -> bool {
+        !self.is_crowded() && (self.fits(record_bytes, segment_bytes) || !self.free.is_empty())
+    }
+
+    /// Who may look for room again, now that there may be some: each knows how much it needs.
     fn with_room(&mut self) -> Vec<Waker> {
-        if self.free.is_empty() { Vec::new() } else { std::mem::take(&mut self.room_waiters) }
+        if self.is_crowded() { Vec::new() } else { std::mem::take(&mut self.room_waiters) }
     }
 }
 
 impl Log {
-    /// Waits until a reservation may succeed again (or the log has failed).
-    pub async fn room_freed(&self) {
+    /// Waits until a reservation of `record_bytes` may succeed again (or the log has failed).
+    pub async fn room_freed(&self, record_bytes: u32) {
         std::future::poll_fn(|cx| {
             let mut t = lock(&self.tail);
-            if !t.free.is_empty() && !t.is_crowded() || self.failure().is_some() {
+            if t.has_room(record_bytes, self.geometry.segment_bytes) || self.failure().is_some() {
                 return Poll::Ready(());
             }
             if !t.room_waiters.iter().any(|w| w.will_wake(cx.waker())) {

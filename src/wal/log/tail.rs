@@ -77,6 +77,11 @@ impl Tail {
     pub(super) fn is_crowded(&self) -> bool {
         self.journal.len() >= MAX_ENTRIES
     }
+
+    /// Whether the open segment has room for a record of so many bytes.
+    pub(super) fn fits(&self, record_bytes: u32, segment_bytes: u32) -> bool {
+        self.current.is_some_and(|c| c.offset + record_bytes <= segment_bytes)
+    }
 }
 
 impl Log {
@@ -94,9 +99,8 @@ impl Log {
         if t.is_crowded() {
             return Err(Refused::Full);
         }
-        let fits = t.current.is_some_and(|c| c.offset + record_bytes <= self.geometry.segment_bytes);
         let mut segment = None;
-        if !fits {
+        if !t.fits(record_bytes, self.geometry.segment_bytes) {
             let Some(slot) = t.free.pop_front() else { return Err(Refused::Full) };
             let salt = (t.salt)();
             let generation = t.next_generation;
