@@ -103,6 +103,14 @@ pub struct Checkpoint {
     pub delta: Option<Image>,
 }
 
+impl Checkpoint {
+    /// The number of its newest image: later ones have higher ones.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.full.number.max(self.delta.as_ref().map_or(0, |d| d.number))
+    }
+}
+
 /// See the module's page.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

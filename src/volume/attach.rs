@@ -18,13 +18,13 @@ use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{Manifest, Published, Writer};
+use crate::manifest::{Manifest, Published, Writer, prefix};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{Nonce, SECTOR};
 use crate::wal::create::{SuperblockFile, new_superblock};
 use crate::wal::log::Geometry;
-use crate::wal::replay::{Replay, replay};
+use crate::wal::replay::{Replay, geometry_of, replay};
 
 /// Who attaches, and how.
 #[derive(Debug, Clone)]
@@ -76,6 +76,17 @@ pub struct Attached<D: Disk, T: Timer> {
     pub reader: ChunkReader,
 }
 
+impl<D: Disk + Clone, T: Timer> Attached<D, T> {
+    /// All that serves a volume, which is not taken yet. `store` goes on for as long as the device lives.
+    pub(super) fn new(parts: Parts, store: Arc<dyn Store>, disk: D, timer: T) -> Self {
+        let (volume, reads, commands) = Volume::new(parts);
+        let reader = ChunkReader::new(store.clone(), Arc::default());
+        let (of, by) = (volume.clone(), reader.clone());
+        let background = Background::new(Attachment { volume: of, store, disk, timer, reader: by, commands });
+        Self { volume, background, reads, reader }
+    }
+}
+
 /// Whether this log is the newest attachment's: then it holds everything acknowledged, and replay is right.
 #[must_use]
 pub fn is_ours(sb: &SuperblockFile, m: &Manifest) -> bool {
@@ -108,7 +119,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
             .map_err(|e| e.context(format!("replaying the log {}", file.path().display())))?,
         _ => Replay { next_generation: 1, ..Replay::default() },
     };
-    let geometry = superblock.as_ref().map_or(geometry, geometry_of);
+    let geometry = superblock.as_ref().map_or(geometry, |sb| geometry_of(&sb.current));
     let mut sb = match superblock {
         Some(sb) => sb,
         None => {
@@ -126,7 +137,8 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
 
     let at = Place { disk: &disk, file: &file, geometry };
     let log = start_log(at, &mut sb, salt, replayed, taken.end.through, &taken.maps).await?;
-    let (volume, reads, commands) = Volume::new(Parts {
+    let name_prefix = prefix(&before.name);
+    let parts = Parts {
         name: before.name,
         uuid: before.uuid,
         size_bytes: before.size_bytes,
@@ -137,22 +149,12 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         log,
         log_file: file,
         maps: taken.maps.clone(),
-    });
-    let reader = ChunkReader::new(stores.background.clone(), Arc::default());
-    let mut background = Background::new(Attachment {
-        volume: volume.clone(),
-        store: stores.background,
-        disk,
-        timer,
-        reader: reader.clone(),
-        commands,
-    });
-    background.take_up(Holding { published, superblock: sb, end: taken.end, full_image: taken.full_image() });
-    Ok(Attached { volume, background, reads, reader })
-}
-
-pub(super) fn geometry_of(sb: &SuperblockFile) -> Geometry {
-    Geometry { segment_bytes: sb.current.segment_bytes, max_segments: sb.current.max_segments }
+    };
+    let mut attached = Attached::new(parts, stores.background, disk, timer);
+    attached.reader.keys().set_own(&name_prefix, &published.manifest.history);
+    let full_image = taken.full_image();
+    attached.background.take_up(Holding { published, superblock: sb, end: taken.end, full_image });
+    Ok(attached)
 }
 
 pub(super) fn held(m: &Manifest) -> Error {

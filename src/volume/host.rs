@@ -11,7 +11,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::{mpsc, oneshot};
 
-use super::attach::{Attached, OpenLog, Request, Stores, attach, geometry_of, is_ours};
+use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
@@ -29,6 +29,7 @@ use crate::units::{BLOCK, Nonce};
 use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
 use crate::wal::create::{MAX_LOG_BYTES, SuperblockFile, geometry_for};
 use crate::wal::log::Geometry;
+use crate::wal::replay::geometry_of;
 
 /// Reads of chunks under way at once.
 const MAX_READS: usize = 64;
@@ -248,7 +249,7 @@ async fn open_and_resume(opts: &AttachOptions) -> Result<Option<Attached<UringDi
     let file = DataFile::open(&opts.log_path, false)?;
     let disk = disk_of(&file)?;
     let Some(superblock) = load_superblock(&file, &disk).await? else { return Ok(None) };
-    let geometry = geometry_of(&superblock);
+    let geometry = geometry_of(&superblock.current);
     let backend = Arc::new(Metrics::new(Arc::new(Lazy::new(opts.store_url.clone(), opts.store_options.clone()))));
     let log = OpenLog { file: Arc::new(file), disk, superblock: Some(superblock), geometry, salt: salts() };
     let attached = resume(stores(&backend), &opts.volume, log, TokioTimer, request(opts)?).await?;

@@ -68,7 +68,7 @@ use super::images::load_images;
 use super::recover::{PARALLEL_HEADERS, StoreEnd, checkpoint_end};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, FirstOwned, Manifest, Writer};
+use crate::manifest::{self, Checkpoint, FirstOwned, Manifest, Writer};
 use crate::map::Maps;
 use crate::store::Store;
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, SECTOR, Seq};
@@ -195,7 +195,7 @@ impl Job<'_> {
         let ground = Ground { store: self.store, draft: m, volume: Some(m.uuid), maps, start, packed };
         let a = assemble(ground, named, &rules, told).await?;
 
-        let number = m.checkpoint.as_ref().map_or(0, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)));
+        let number = m.checkpoint.as_ref().map_or(0, Checkpoint::number);
         let log_continues =
             ours.filter(|l| m.writer.is_some() && l.packed <= a.end.through && l.last_seq >= wanted.through);
         let lacks_packed = ours.filter(|l| l.packed > a.end.through);

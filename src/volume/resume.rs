@@ -15,8 +15,8 @@
 use std::io;
 use std::sync::Arc;
 
-use super::attach::{Attached, OpenLog, Request, Stores, geometry_of, is_ours};
-use super::background::{Attachment, Background, Backoff, Holding, POLL_MANIFEST, POLLS_WITHOUT_MANIFEST, trouble};
+use super::attach::{Attached, OpenLog, Request, Stores, is_ours};
+use super::background::{Absences, Backoff, Holding, POLL_MANIFEST, trouble};
 use super::start::{Place, prepare_slots, start_log};
 use super::take::{By, LogSays, look, take};
 use super::{Parts, Volume};
@@ -29,7 +29,7 @@ use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{SECTOR, Seq};
 use crate::wal::create::SuperblockFile;
-use crate::wal::replay::replay;
+use crate::wal::replay::{geometry_of, replay};
 
 /// Takes up the volume `name`, whose last process has died, from its log. See the module's page.
 ///
@@ -52,7 +52,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
     };
     let mut replayed =
         replay(&disk, file.size()?, &sb.current).await.map_err(|e| e.context(format!("replaying the log {path}")))?;
-    let geometry = geometry_of(&sb);
+    let geometry = geometry_of(&sb.current);
     let at = Place { disk: &disk, file: &file, geometry };
     prepare_slots(&at, &mut replayed).await?;
     let says = LogSays { ours: true, packed: replayed.packed, last: replayed.last_seq };
@@ -62,7 +62,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         "volume {name:?} goes on from its log, which ends with entry {}; the store is asked meanwhile",
         says.last
     );
-    let (volume, reads, commands) = Volume::new(Parts {
+    let parts = Parts {
         name: name.to_owned(),
         uuid: sb.current.volume,
         size_bytes: sb.current.volume_sectors * SECTOR as u64,
@@ -73,29 +73,22 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         log,
         log_file: file,
         maps,
-    });
-    let reader = ChunkReader::new(stores.background.clone(), Arc::default());
-    let background = Background::new(Attachment {
-        volume: volume.clone(),
-        store: stores.background,
-        disk: disk.clone(),
-        timer: timer.clone(),
-        reader: reader.clone(),
-        commands,
-    });
+    };
+    let attached = Attached::new(parts, stores.background, disk.clone(), timer.clone());
+    let volume = attached.volume.clone();
     let latching = Latching { disk, volume: volume.clone() };
     let taking = Taking {
-        volume: volume.clone(),
+        volume,
         store: stores.attach,
         disk: latching,
-        reader: reader.clone(),
+        reader: attached.reader.clone(),
         sb,
         says,
         request,
-        missing: 0,
+        absences: Absences::default(),
     };
-    background.confirm_by(taking.run(timer));
-    Ok(Attached { volume, background, reads, reader })
+    attached.background.confirm_by(taking.run(timer));
+    Ok(attached)
 }
 
 /// The log's disk while lanes write to it: the kernel tells of a failed write or sync once, and whoever is told latches the log.
@@ -133,8 +126,7 @@ struct Taking<D> {
     sb: SuperblockFile,
     says: LogSays,
     request: Request,
-    /// How often in a row there was no manifest.
-    missing: u32,
+    absences: Absences,
 }
 
 impl<D: Disk> Taking<D> {
@@ -148,7 +140,7 @@ impl<D: Disk> Taking<D> {
                 Err(lost) => return Err(lost),
             };
             trouble(&self.volume, "looking for the volume in the store", &e);
-            if self.missing > 0 {
+            if self.absences.are_some() {
                 timer.sleep(POLL_MANIFEST).await;
             } else {
                 backoff.pause(&timer).await;
@@ -160,14 +152,12 @@ impl<D: Disk> Taking<D> {
     async fn once<T: Timer>(&mut self, timer: &T) -> Result<Result<Holding>> {
         let mut published = match Published::load(&*self.store, self.volume.name()).await {
             Ok(published) => published,
-            // One 404 may be an outage (a mount that is away, a proxy); several in a row are a deleted volume.
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                self.missing += 1;
-                return if self.missing >= POLLS_WITHOUT_MANIFEST { Err(e) } else { Ok(Err(e)) };
+                return if self.absences.one_more() { Err(e) } else { Ok(Err(e)) };
             }
             Err(e) => return Ok(Err(e)),
         };
-        self.missing = 0;
+        self.absences = Absences::default();
         let m = &published.manifest;
         if !is_ours(&self.sb, m) {
             let what = format!(

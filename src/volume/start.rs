@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
+use crate::disk::Disk;
 use crate::disk::file::DataFile;
-use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::map::{Entry, EntryKind, LogBlock, Maps};
 use crate::units::{BLOCK, Seq};
 use crate::wal::codec::{LogPos, RecordKind};
-use crate::wal::create::{SuperblockFile, zero_slot};
+use crate::wal::create::{SuperblockFile, write_zeros, zero_slot};
 use crate::wal::log::{Geometry, Log, LogEntry, Start};
 use crate::wal::replay::Replay;
 
@@ -66,11 +66,10 @@ pub(super) async fn prepare_slots<D: Disk>(at: &Place<'_, D>, r: &mut Replay) ->
 /// vouch for entries that never were. Any of these headers may survive alone, since no segment needs another here.
 async fn forget_segments<D: Disk>(at: &Place<'_, D>, slots: u32) -> Result<()> {
     let Place { disk, file, geometry } = at;
-    let zero = IoBuf::zeroed(BLOCK);
     let wipe = |slot| {
-        let (offset, zero) = (geometry.slot_offset(slot), zero.clone());
+        let offset = geometry.slot_offset(slot);
         async move {
-            disk.writev_at(offset, vec![zero], false)
+            write_zeros(*disk, offset, BLOCK as u64)
                 .await
                 .context(|| format!("clearing the log's segment at byte {offset} of {}", file.path().display()))
         }

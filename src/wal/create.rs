@@ -1,5 +1,7 @@
 //! Making a log, its superblock, and its growth.
 
+use std::io;
+
 use uuid::Uuid;
 
 use super::codec::{MAX_DRAWN, SUPERBLOCK_AT, Superblock};
@@ -156,14 +158,21 @@ pub fn new_superblock(
 /// # Errors
 /// The I/O error; `Full` when the disk has no room.
 pub async fn zero_slot<D: Disk>(disk: &D, geometry: &Geometry, slot: u32) -> Result<()> {
-    let zeros = IoBuf::zeroed(ZERO_CHUNK);
-    let start = geometry.slot_offset(slot);
-    let mut at = 0;
-    while at < u64::from(geometry.segment_bytes) {
-        disk.writev_at(start + at, vec![zeros.clone()], false)
-            .await
-            .context(|| format!("growing the log to {} bytes", start + u64::from(geometry.segment_bytes)))?;
-        at += ZERO_CHUNK as u64;
+    let (start, bytes) = (geometry.slot_offset(slot), u64::from(geometry.segment_bytes));
+    write_zeros(disk, start, bytes).await.context(|| format!("growing the log to {} bytes", start + bytes))
+}
+
+/// Writes `bytes` zeros from byte `from` on, both multiples of 4096.
+///
+/// # Errors
+/// The I/O error.
+pub async fn write_zeros<D: Disk>(disk: &D, from: u64, bytes: u64) -> io::Result<()> {
+    let zeros = IoBuf::zeroed(bytes.min(ZERO_CHUNK as u64) as usize);
+    let mut at = from;
+    while at < from + bytes {
+        let n = (from + bytes - at).min(ZERO_CHUNK as u64);
+        disk.writev_at(at, vec![zeros.slice(0..n as usize)], false).await?;
+        at += n;
     }
     Ok(())
 }

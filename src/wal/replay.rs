@@ -111,7 +111,9 @@ pub async fn replay<D: Disk>(disk: &D, size: u64, sb: &Superblock) -> Result<Rep
     )))
 }
 
-pub(super) const fn geometry_of(sb: &Superblock) -> Geometry {
+/// The sizes of the log that this is the superblock of.
+#[must_use]
+pub const fn geometry_of(sb: &Superblock) -> Geometry {
     Geometry { segment_bytes: sb.segment_bytes, max_segments: sb.max_segments }
 }
 

@@ -11,16 +11,15 @@ use std::cmp::Reverse;
 use std::fmt;
 
 use super::codec::{LogPos, RecordHeader};
-use super::create::SuperblockFile;
+use super::create::{SuperblockFile, write_zeros};
 use super::log::FileSlots;
 use super::replay::{Survey, geometry_of, survey};
-use crate::disk::{Disk, IoBuf};
+use crate::disk::Disk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::units::{BLOCK, Lba, Seq};
 
 /// Ranges of sectors and of entries that are told one by one.
 const MOST_TOLD: usize = 12;
-const ZEROS: usize = 1 << 20;
 
 /// What lies behind the damage of a log, as far as it can be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -144,13 +143,5 @@ pub async fn end_before_damage<D: Disk>(disk: &D, size: u64, sb: &mut Superblock
 }
 
 async fn wipe<D: Disk>(disk: &D, from: u64, bytes: u64) -> Result<()> {
-    let mut at = from;
-    while at < from + bytes {
-        let n = (from + bytes - at).min(ZEROS as u64);
-        disk.writev_at(at, vec![IoBuf::zeroed(n as usize)], false)
-            .await
-            .context(|| format!("wiping the log at byte {at}"))?;
-        at += n;
-    }
-    Ok(())
+    write_zeros(disk, from, bytes).await.context(|| format!("wiping the log at byte {from}"))
 }

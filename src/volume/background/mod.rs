@@ -47,7 +47,7 @@ const IDLE_TICK: Duration = Duration::from_secs(1);
 /// How often the manifest is looked at, to find out that another host has taken the volume.
 pub(super) const POLL_MANIFEST: Duration = Duration::from_secs(10);
 /// The volume counts as deleted when its manifest was missing so often in a row.
-pub(super) const POLLS_WITHOUT_MANIFEST: u32 = 3;
+const POLLS_WITHOUT_MANIFEST: u32 = 3;
 /// First pause after a failure of the store; it doubles…
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// …up to this.
@@ -147,7 +147,7 @@ pub struct Background<D: Disk, T: Timer> {
     next_checkpoint: u64,
     last_poll: Duration,
     polling: bool,
-    polls_without_manifest: u32,
+    absences: Absences,
 
     /// Slots could be recycled but for readers.
     held: bool,
@@ -217,7 +217,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             trouble_since: None,
             last_poll: now,
             polling: false,
-            polls_without_manifest: 0,
+            absences: Absences::default(),
             held: false,
             growing: false,
             no_growth_until: Duration::ZERO,
@@ -227,7 +227,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
     }
 
-    /// The volume is ours: from here on it is packed and published. Its maps have the base.
+    /// The volume is ours: from here on it is packed and published. Its maps have the base, and its reader the keys.
     pub(super) fn take_up(&mut self, holding: Holding) {
         let Holding { published, superblock, end, full_image } = holding;
         let m = &published.manifest;
@@ -235,8 +235,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.epoch = m.epoch;
         self.nonce = m.nonce;
         self.checkpoint_group = checkpoint.map_or(GroupNo(0), |c| c.group);
-        self.next_checkpoint =
-            checkpoint.map_or(1, |c| c.full.number.max(c.delta.as_ref().map_or(0, |d| d.number)) + 1);
+        self.next_checkpoint = checkpoint.map_or(1, |c| c.number() + 1);
         self.packed_durable = superblock.current.packed_through;
         self.cut = end.through;
         self.next_group = end.group.next();
@@ -246,7 +245,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.applied_chunk = end.last_chunk;
         self.full_image = full_image;
         self.last_poll = self.timer.now();
-        self.reader.keys().set_own(&self.prefix, &m.history);
         self.volume.update_background(|s| {
             s.epoch = m.epoch.0;
             s.conditional_writes = m.conditional_writes;
@@ -439,17 +437,32 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     fn polled(&mut self, result: Result<()>) {
         self.polling = false;
         match result {
-            Ok(()) => self.polls_without_manifest = 0,
+            Ok(()) => self.absences = Absences::default(),
             Err(e) if e.kind() == ErrorKind::Fenced => self.fenced(&e),
-            // One 404 may be an outage (a mount that is away, a proxy); several in a row are a deleted volume.
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                self.polls_without_manifest += 1;
-                if self.polls_without_manifest >= POLLS_WITHOUT_MANIFEST {
+                if self.absences.one_more() {
                     self.fenced(&e);
                 }
             }
             Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
         }
+    }
+}
+
+/// How often in a row there was no manifest. Once may be an outage (a mount that is away, a proxy); several times are a deleted
+/// volume.
+#[derive(Default)]
+pub(super) struct Absences(u32);
+
+impl Absences {
+    pub(super) const fn are_some(&self) -> bool {
+        self.0 > 0
+    }
+
+    /// Once more; whether the volume counts as deleted now.
+    pub(super) fn one_more(&mut self) -> bool {
+        self.0 += 1;
+        self.0 >= POLLS_WITHOUT_MANIFEST
     }
 }
 
