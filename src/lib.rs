@@ -12,6 +12,7 @@ pub mod config;
 pub mod disk;
 pub mod error;
 pub mod frontend;
+pub mod image;
 pub mod lane;
 pub mod manifest;
 pub mod map;

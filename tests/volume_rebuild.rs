@@ -67,7 +67,7 @@ fn whatever_its_past_a_volume_comes_back_byte_for_byte() {
         spoil(&bench.dir.path().join("store/vol"));
         let is_known = is_readable(&bench);
         let has_log = bench.log().exists();
-        let opts = Options { force, ..if is_known || has_log { options() } else { sized(SIZE) } };
+        let opts = if is_known || has_log { Options { force, ..options() } } else { sized(SIZE) };
         let report = rebuilt(&bench, &opts);
         eprintln!("{n}, {what}: group {}, {:?}, force {force}, clean {is_clean}", report.group, report.log);
         assert_eq!((report.groups_given_up, report.size_bytes), (0, SIZE as u64), "{what}: {report:#?}");
@@ -217,6 +217,18 @@ fn a_good_checkpoint_is_built_upon() {
         }
     });
     host.detach().unwrap();
+}
+
+#[test]
+fn without_manifest_and_log_it_wants_to_be_told_that_no_host_has_the_volume() {
+    for spoil in [MAPS[2].1, MAPS[3].1] {
+        let bench = three_groups(true);
+        spoil(&bench.dir.path().join("store/vol"));
+        let unsure = Options { force: false, ..sized(MIB) };
+        refused(&bench, &unsure, ErrorKind::Busy, &["--force", "no manifest says", "is not here"]);
+        let dry = over(&*bench.store(), &bench, &Options { dry_run: true, ..unsure }).unwrap();
+        assert_eq!(rebuilt(&bench, &sized(MIB)).group, dry.group);
+    }
 }
 
 #[test]

@@ -357,7 +357,7 @@ pub(crate) struct RebuildArgs {
     /// End the volume before the first group of chunks that is not whole any more, as after a power cut at that moment
     #[arg(long)]
     pub(crate) accept_loss: bool,
-    /// Rebuild it even though a host has it attached whose log is not here
+    /// Rebuild it even though a host has it attached whose log is not here, or nothing is left that would say whether one has
     #[arg(long)]
     pub(crate) force: bool,
     /// Its size, where neither manifest nor log say it

@@ -83,7 +83,7 @@ const NOWHERE: StoreEnd = StoreEnd { group: GroupNo(0), through: Seq(0), last_ch
 /// How to rebuild.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Even though a host has the volume attached whose log is not here.
+    /// Even though a host has, or may have, the volume attached whose log is not here.
     pub force: bool,
     /// End the volume before the first group that is not whole any more.
     pub accept_loss: bool,
@@ -137,7 +137,7 @@ struct Job<'a> {
 ///
 /// # Errors
 /// `Usage` for options that contradict what is known, and when the volume's size is not known; `NotFound` when nothing of the volume
-/// is there; `Busy` when a host has it attached; `Corrupt` for losses without leave; `Unsupported` when a newer program wrote
+/// is there; `Busy` when a host has it attached, or may have, for want of a manifest; `Corrupt` for losses without leave; `Unsupported` when a newer program wrote
 /// something; `Conflict` when the manifest changes meanwhile; the store's. After an error the volume is as it was.
 pub async fn rebuild(
     store: &dyn Store,
@@ -232,7 +232,8 @@ impl Job<'_> {
     }
 
     fn may_touch(&self, m: &Manifest, ours: bool) -> Result<()> {
-        let Some(w) = m.writer.as_ref().filter(|_| !ours && !self.opts.force) else { return Ok(()) };
+        let may = ours || self.opts.force || self.opts.dry_run;
+        let Some(w) = m.writer.as_ref().filter(|_| !may) else { return Ok(()) };
         Err(Error::new(
             ErrorKind::Busy,
             format!(
@@ -242,6 +243,16 @@ impl Job<'_> {
                 utc(w.since)
             ),
         ))
+    }
+
+    /// Without a manifest, and without the newest attachment's log, a host may be serving the volume.
+    fn nobody_known(&self) -> Result<()> {
+        if self.opts.force || self.opts.dry_run {
+            return Ok(());
+        }
+        let what = "no manifest says who has the volume attached, and the log of the host that had it last is not here: rebuild it on that host, \
+                    with its log. If no host has it, or the one that had it is gone for good, --force rebuilds the volume here";
+        Err(Error::new(ErrorKind::Busy, what))
     }
 
     /// Refuses a loss, or tells how much it is.
@@ -342,6 +353,9 @@ impl Job<'_> {
         }
 
         let ours = log.filter(|_| matches!(standing, Some(Standing::Newest)));
+        if ours.is_none() {
+            self.nobody_known()?;
+        }
         let continues = ours.filter(|l| l.packed <= a.end.through && a.meets_log);
         let is_damaged = !a.bad.is_empty() || a.relied_on > a.end.group || ours.is_some() && continues.is_none();
         let mut fate = match &standing {

@@ -35,8 +35,9 @@ pub(crate) fn options() -> Options {
     }
 }
 
+/// Without manifest and log: the size, and leave, for nobody can tell who has the volume.
 pub(crate) fn sized(bytes: usize) -> Options {
-    Options { size_bytes: Some(bytes as u64), ..options() }
+    Options { size_bytes: Some(bytes as u64), force: true, ..options() }
 }
 
 pub(crate) fn with_loss(opts: Options) -> Options {

@@ -1,0 +1,5 @@
+//! Disk images: what a volume is imported from.
+
+mod source;
+
+pub use source::ImageSource;
