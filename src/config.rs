@@ -79,16 +79,22 @@ fn shown(s: &str) -> String {
     s.chars().take(80).collect()
 }
 
-/// A volume's name: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Never empty, never a path.
+/// A volume's name: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`; or, where a snapshot may be meant, two of them: `VOLUME@SNAPSHOT`. Never empty, never a path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct VolumeName(String);
 
 impl VolumeName {
-    /// The name.
+    /// The name, with the snapshot's.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The volume, and the snapshot of it that is meant.
+    #[must_use]
+    pub fn parts(&self) -> (&str, Option<&str>) {
+        self.0.split_once('@').map_or((&self.0, None), |(v, s)| (v, Some(s)))
     }
 }
 
@@ -96,18 +102,32 @@ impl FromStr for VolumeName {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        let why = if s.is_empty() {
-            "it is empty"
-        } else if s.len() > MAX_NAME {
-            "it is longer than 128 characters"
-        } else if !s.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-            "it must begin with a letter or a digit"
-        } else if !s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
-            "only letters, digits, `.`, `_` and `-` are allowed"
-        } else {
-            return Ok(Self(s.to_owned()));
+        let bad = |what: &str, why: &str| {
+            Error::new(ErrorKind::Usage, format!("{:?} cannot be {what}'s name: {why}", shown(s)))
         };
-        Err(Error::new(ErrorKind::Usage, format!("{:?} cannot be a volume's name: {why}", shown(s))))
+        let (volume, snapshot) = s.split_once('@').map_or((s, None), |(v, s)| (v, Some(s)));
+        if let Some(why) = unfit(volume) {
+            return Err(bad("a volume", why));
+        }
+        if let Some(why) = snapshot.and_then(unfit) {
+            return Err(bad("a snapshot", why));
+        }
+        Ok(Self(s.to_owned()))
+    }
+}
+
+/// Why it cannot be a name.
+fn unfit(s: &str) -> Option<&'static str> {
+    if s.is_empty() {
+        Some("it is empty")
+    } else if s.len() > MAX_NAME {
+        Some("it is longer than 128 characters")
+    } else if !s.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        Some("it must begin with a letter or a digit")
+    } else if !s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
+        Some("only letters, digits, `.`, `_` and `-` are allowed")
+    } else {
+        None
     }
 }
 

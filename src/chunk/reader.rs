@@ -4,10 +4,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
+use uuid::Uuid;
 
 use super::header::{self, ChunkHeader, HEADER_ROOM};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, EpochEntry};
+use crate::manifest::{self, EpochEntry, Manifest};
 use crate::map::Location;
 use crate::store::Store;
 use crate::units::{BLOCK, BlockNo, ChunkNo, SECTORS_PER_BLOCK};
@@ -26,26 +27,28 @@ pub struct Keys {
 #[derive(Debug, Clone)]
 struct Source {
     prefix: String,
+    uuid: Uuid,
     history: Vec<EpochEntry>,
 }
 
 impl Keys {
-    /// Sets what source 0, the volume itself, is.
-    pub fn set_own(&self, prefix: &str, history: &[EpochEntry]) {
-        let own = Source { prefix: prefix.to_owned(), history: history.to_vec() };
-        let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
-        if sources.is_empty() { sources.push(own) } else { sources[0] = own }
+    /// Has the sources that a manifest names.
+    pub fn set(&self, m: &Manifest) {
+        let all = m.sources().map(|s| Source { prefix: s.prefix(), uuid: s.uuid, history: s.history.to_vec() });
+        *self.sources.write().unwrap_or_else(PoisonError::into_inner) = all.collect();
     }
 
-    /// The key of a chunk.
+    /// The key of a chunk, and whose it is.
     ///
     /// # Errors
     /// `Corrupt` when the map names a chunk that nobody owns.
-    pub fn key(&self, source: u8, chunk: ChunkNo) -> Result<String> {
+    pub fn key(&self, source: u8, chunk: ChunkNo) -> Result<(String, Uuid)> {
         let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
         sources
             .get(usize::from(source))
-            .and_then(|s| manifest::owner(&s.history, chunk).map(|(e, n)| header::key(&s.prefix, chunk, e, n)))
+            .and_then(|s| {
+                manifest::owner(&s.history, chunk).map(|(e, n)| (header::key(&s.prefix, chunk, e, n), s.uuid))
+            })
             .ok_or_else(|| {
                 Error::new(
                     ErrorKind::Corrupt,
@@ -123,8 +126,12 @@ impl ChunkReader {
         if let Some(h) = self.kept((source, chunk)) {
             return Ok(h);
         }
-        let key = self.keys.key(source, chunk)?;
+        let (key, volume) = self.keys.key(source, chunk)?;
         let h = Arc::new(fetch_header(&*self.store, &key).await?);
+        if h.volume != volume {
+            let what = format!("{key} is of volume {}, not of {volume}: it is another's", h.volume);
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
         self.keep(source, h.clone());
         Ok(h)
     }
@@ -153,7 +160,7 @@ impl ChunkReader {
 
     async fn read_once(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Blocks> {
         let (source, chunk, index) = (at.source(), at.chunk(), at.index());
-        let key = self.keys.key(source, chunk)?;
+        let (key, _) = self.keys.key(source, chunk)?;
         let start = HEADER_ROOM as u64 + u64::from(index) * BLOCK as u64;
         let range = start..start + u64::from(blocks) * BLOCK as u64;
         let data = async { self.store.get_range(&key, range).await.map_err(|e| missing(e, &key)) };

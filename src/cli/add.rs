@@ -73,13 +73,18 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         }
         _ => None,
     };
+    let is_snapshot = volume.parts().1.is_some();
+    if is_snapshot && args.create {
+        return Err(Error::new(ErrorKind::Usage, format!("{volume} is a snapshot: --create makes volumes")));
+    }
+    let read_only = args.read_only || is_snapshot;
     let spec = DeviceSpec {
         id: args.number,
         queues: args.queues.or(defaults.queues).unwrap_or_else(default_queues),
         depth: args.depth.or(defaults.depth).unwrap_or(DEFAULT_DEPTH),
         // Not known before the volume is attached.
         size_bytes: BLOCK as u64,
-        read_only: args.read_only,
+        read_only,
         ..DeviceSpec::default()
     };
     // The command line has been checked for this, the other places have not.
@@ -91,6 +96,10 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
     let place = LogPlace::of(args.wal_dir.clone(), args.wal_device.clone())
         .or_else(|| defaults.log.clone())
         .unwrap_or_else(|| LogPlace::Dir(settings.data_dir.join("wal")));
+    if let (LogPlace::Device(device), true) = (&place, is_snapshot) {
+        let what = format!("{} as a log: {volume} is a snapshot, which needs none", device.display());
+        return Err(Error::new(ErrorKind::Usage, what));
+    }
     if let (LogPlace::Device(device), Some(_)) = (&place, args.wal_size) {
         let what = format!(
             "--wal-size is for a log in a folder, and the log is to be the device {}: leave it out, or give --wal-dir",
@@ -127,7 +136,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         log_path: log_path.clone(),
         log_bytes,
         force: args.force,
-        read_only: args.read_only,
+        read_only,
         io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
         resume: false,
         accept_loss: args.accept_loss,

@@ -89,6 +89,11 @@ pub(crate) enum Command {
     /// Volumes in the store
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Volumes as they were at a moment: made at once, of volumes in use, too, and kept for nothing but what changes later
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Make a volume that begins as a snapshot of another one; at once, whatever its size
+    Clone(CloneArgs),
     /// Write-ahead logs that no process has: left by a dead daemon, set aside, or damaged
     #[command(subcommand)]
     Wal(WalCommand),
@@ -114,7 +119,7 @@ pub(crate) struct JsonArg {
 
 #[derive(Debug, Args)]
 pub(crate) struct AddArgs {
-    /// The volume to attach
+    /// The volume to attach; or VOLUME@SNAPSHOT, which is read-only
     #[arg(long)]
     pub(crate) volume: VolumeName,
     /// Create the volume if it is not there
@@ -195,7 +200,7 @@ pub(crate) struct NbdArgs {
     /// Listen on this unix socket; a dead one is replaced. May be given several times [env: VB_UBLK_UNIX]
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(crate) unix: Vec<PathBuf>,
-    /// Serve this volume; may be given several times. A single one is the default export, too [default: all volumes of
+    /// Serve this volume, or VOLUME@SNAPSHOT, which is read-only; may be given several times. A single one is the default export, too [default: all volumes of
     /// the store]
     #[arg(long, value_name = "VOLUME")]
     pub(crate) volume: Vec<VolumeName>,
@@ -345,6 +350,52 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Keep a volume as it is now; prints VOLUME@SNAPSHOT when it is in the store
+    ///
+    /// Every write that has completed is in it, and what is written meanwhile may be: as after a power cut at that moment. The
+    /// volume may be in use on this host, or nowhere.
+    Create {
+        /// The volume
+        volume: VolumeName,
+        /// The snapshot's name [default: the time, as in 20261120-215300]
+        name: Option<String>,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// The snapshots of a volume
+    List {
+        /// The volume
+        volume: VolumeName,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// Delete a snapshot; refused while a clone needs it
+    Delete {
+        /// The volume
+        volume: VolumeName,
+        /// The snapshot's name
+        name: String,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CloneArgs {
+    /// The snapshot
+    #[arg(value_name = "VOLUME@SNAPSHOT")]
+    pub(crate) from: VolumeName,
+    /// The new volume
+    pub(crate) new: VolumeName,
+    /// Its size, not below the snapshot's [default: the snapshot's]
+    #[arg(long)]
+    pub(crate) size: Option<ByteSize>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
 }
 
 #[derive(Debug, Args)]

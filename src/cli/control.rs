@@ -2,7 +2,8 @@
 //!
 //! `{"op":"status"}` is answered by `{"ok":{…}}`, `{"op":"detach","force":false}` by `{"ok":null}`, and what
 //! fails by `{"error":{"kind":"Busy","message":"…"}}`. A detach is only begun by the call; the volume's lock
-//! tells when it is over.
+//! tells when it is over. `{"op":"order","order":{"snapshot":{…}}}` begins something, too, and is answered by the number
+//! of a job; `{"op":"job","id":7}` says whether it is done.
 //!
 //! Invariants:
 //! - One client at a time, for at most [`CONVERSATION`] and with requests of at most [`MAX_REQUEST`] bytes:
@@ -43,6 +44,30 @@ enum Request {
         #[serde(default)]
         force: bool,
     },
+    Order {
+        order: Order,
+    },
+    Job {
+        id: u64,
+    },
+}
+
+/// What takes its time: the answer is the number of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Order {
+    /// Keep the volume as it is now.
+    Snapshot {
+        /// The snapshot's name.
+        name: String,
+        /// The time, in seconds since 1970.
+        created: u64,
+    },
+    /// Delete a snapshot.
+    DeleteSnapshot {
+        /// Its name.
+        name: String,
+    },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,8 +78,17 @@ enum Answer {
 }
 
 /// The kinds that a client treats in their own way; all others arrive as `Io`.
-const KINDS: [ErrorKind; 5] =
-    [ErrorKind::Usage, ErrorKind::Busy, ErrorKind::Denied, ErrorKind::Unsupported, ErrorKind::Internal];
+const KINDS: [ErrorKind; 9] = [
+    ErrorKind::Usage,
+    ErrorKind::Busy,
+    ErrorKind::Denied,
+    ErrorKind::Exists,
+    ErrorKind::NotFound,
+    ErrorKind::Conflict,
+    ErrorKind::Fenced,
+    ErrorKind::Unsupported,
+    ErrorKind::Internal,
+];
 
 /// What a daemon can be asked.
 pub(super) trait Daemon: Send + 'static {
@@ -62,6 +96,10 @@ pub(super) trait Daemon: Send + 'static {
     fn status(&self) -> Result<Value>;
     /// Begins to detach; returns at once.
     fn detach(&self, force: bool) -> Result<()>;
+    /// Begins something; returns the number of the job.
+    fn order(&self, order: &Order) -> Result<u64>;
+    /// Whether a job is done; its failure is told once.
+    fn is_done(&self, job: u64) -> Result<bool>;
 }
 
 /// Makes the socket, for the owner alone. Who calls holds the volume's lock: a socket that is there is a dead one's.
@@ -203,6 +241,8 @@ fn answer(line: &[u8], daemon: &impl Daemon) -> Answer {
     let done = match serde_json::from_slice(line) {
         Ok(Request::Status {}) => daemon.status(),
         Ok(Request::Detach { force }) => daemon.detach(force).map(|()| Value::Null),
+        Ok(Request::Order { order }) => daemon.order(&order).map(Value::from),
+        Ok(Request::Job { id }) => daemon.is_done(id).map(Value::from),
         Err(e) => Err(Error::new(ErrorKind::Usage, "not a request that this version knows").with_source(e)),
     };
     done.map_or_else(|e| failure(&e), Answer::Ok)
@@ -220,6 +260,17 @@ pub(super) fn status(socket: &Path) -> Result<Value> {
 /// Asks a daemon to detach; it only begins to.
 pub(super) fn detach(socket: &Path, force: bool) -> Result<()> {
     ask(socket, &Request::Detach { force }).map(drop)
+}
+
+/// Orders something of a daemon; returns the number of the job.
+pub(super) fn order(socket: &Path, order: &Order) -> Result<u64> {
+    let job = ask(socket, &Request::Order { order: order.clone() })?;
+    job.as_u64().ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("the daemon's answer {job} is no job's number")))
+}
+
+/// Asks a daemon whether a job is done.
+pub(super) fn is_done(socket: &Path, job: u64) -> Result<bool> {
+    Ok(ask(socket, &Request::Job { id: job })? == Value::Bool(true))
 }
 
 fn ask(socket: &Path, request: &Request) -> Result<Value> {
@@ -278,6 +329,13 @@ mod tests {
             self.detached.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }
+        fn order(&self, order: &Order) -> Result<u64> {
+            assert_eq!(*order, Order::DeleteSnapshot { name: "s".into() });
+            Ok(7)
+        }
+        fn is_done(&self, job: u64) -> Result<bool> {
+            if job == 7 { Ok(true) } else { Err(Error::new(ErrorKind::NotFound, "no such job")) }
+        }
     }
 
     /// What the daemon says to these bytes, until it hangs up or `time` is over.
@@ -311,6 +369,9 @@ mod tests {
         let e = detach(&path, false).expect_err("mounted");
         assert_eq!((e.kind(), e.to_string().as_str()), (ErrorKind::Busy, "/dev/ublkb0 is mounted"));
         detach(&path, true).expect("forced");
+        assert_eq!(order(&path, &Order::DeleteSnapshot { name: "s".into() }).expect("begun"), 7);
+        assert!(is_done(&path, 7).expect("done"));
+        assert_eq!(is_done(&path, 8).expect_err("unknown").kind(), ErrorKind::NotFound);
         assert_eq!(fake.detached.load(Ordering::Relaxed), 1);
         let e = status(&dir.path().join("none.sock")).expect_err("none");
         assert_eq!(e.kind(), ErrorKind::NotFound);

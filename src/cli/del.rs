@@ -222,6 +222,12 @@ mod tests {
                 }
                 Ok(())
             }
+            fn order(&self, _: &control::Order) -> Result<u64> {
+                unreachable!("nobody orders anything")
+            }
+            fn is_done(&self, _: u64) -> Result<bool> {
+                unreachable!("nobody has ordered anything")
+            }
         }
         for leaves in [true, false] {
             let (_dir, run, state) = fresh();

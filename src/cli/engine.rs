@@ -7,23 +7,27 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use serde_json::Value;
+use tokio::sync::oneshot;
 
+use super::control::Order;
 use crate::disk::file::DataFile;
 use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
 use crate::lane::{Lane, LaneDisk, LaneTimer};
+use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Volume, admin, rebuild, verify};
+use crate::volume::{Command, Volume, admin, rebuild, snapshots, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::volume::admin::CreateOptions;
+pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
 pub(super) use crate::volume::rebuild::{LogFate, ManifestState, MapFrom, Progress as Rebuilding, Report as Rebuilt};
@@ -106,6 +110,46 @@ pub(super) fn info(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Va
     with_store(url, opts, async |s| json(&admin::info(s, name).await?))
 }
 
+/// A time as a name: `20261120-215300`.
+pub(super) fn moment(unix: u64) -> String {
+    let digits: String = utc(unix).chars().filter(char::is_ascii_digit).collect();
+    let (day, time) = digits.split_at(digits.len().min(8));
+    format!("{day}-{time}")
+}
+
+pub(super) fn create_snapshot(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    volume: &str,
+    name: &str,
+    created: u64,
+) -> Result<()> {
+    with_store(url, opts, async |s| snapshots::create(s, volume, name, created).await.map(drop))
+}
+
+/// Oldest first.
+pub(super) fn snapshots(url: &StoreUrl, opts: &StoreOptions, volume: &str) -> Result<Vec<Snapshot>> {
+    with_store(url, opts, async |s| Ok(admin::info(s, volume).await?.snapshots))
+}
+
+pub(super) fn delete_snapshot(url: &StoreUrl, opts: &StoreOptions, volume: &str, name: &str) -> Result<()> {
+    with_store(url, opts, async |s| {
+        let mut published = Published::load(s, volume).await?;
+        snapshots::delete(s, &mut published, By::Anybody, name).await
+    })
+}
+
+/// Makes a volume of a snapshot (volume, snapshot).
+pub(super) fn clone(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    from: (&str, &str),
+    new: &str,
+    size_bytes: Option<u64>,
+) -> Result<Manifest> {
+    with_store(url, opts, async |s| snapshots::clone(s, from.0, from.1, new, size_bytes, now_unix()).await)
+}
+
 /// Deletes a volume; returns how many objects that were.
 pub(super) fn delete(url: &StoreUrl, opts: &StoreOptions, name: &str, force: bool) -> Result<u64> {
     with_store(url, opts, async |s| admin::delete(s, name, force).await)
@@ -181,6 +225,14 @@ pub(super) struct View(Arc<Volume>);
 impl View {
     pub(super) fn status(&self) -> Result<Value> {
         json(&self.0.status())
+    }
+
+    /// Begins what the daemon was ordered to do; returns where the end is told.
+    pub(super) fn order(&self, order: &Order) -> Result<oneshot::Receiver<Result<()>>> {
+        self.0.ask(|reply| match order.clone() {
+            Order::Snapshot { name, created } => Command::Snapshot { name, created, reply },
+            Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },
+        })
     }
 
     pub(super) fn size_bytes(&self) -> u64 {

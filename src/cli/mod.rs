@@ -12,6 +12,7 @@ mod daemonize;
 mod del;
 mod engine;
 mod features;
+mod jobs;
 mod layers;
 mod list;
 mod nbd;
@@ -27,6 +28,7 @@ mod serve;
 mod settings;
 mod shell;
 mod signals;
+mod snapshot;
 mod state;
 mod verify;
 mod volume;
@@ -84,6 +86,8 @@ fn run(cli: &Cli) -> Result<()> {
         Command::List(json) => list::list(&run_dir, json.json),
         Command::Status(args) => list::status(&run_dir, args.volume.as_ref(), args.json.json),
         Command::Volume(command) => volume::run(&settings, command),
+        Command::Snapshot(command) => snapshot::run(&settings, command),
+        Command::Clone(args) => snapshot::clone(&settings, args),
         Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),
     }
 }

@@ -15,9 +15,10 @@ use std::time::Instant;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::control::{self, Daemon};
+use super::control::{self, Daemon, Order};
 use super::daemonize::{Reporter, Side, daemonize};
 use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, StopHandle, View};
+use super::jobs::Jobs;
 use super::notify::{Word, tell};
 use super::output::print;
 use super::phase::{Phase, describe};
@@ -101,6 +102,7 @@ struct Shared {
     stop: StopHandle,
     run: RunDir,
     begun: Instant,
+    jobs: Jobs,
 }
 
 impl Shared {
@@ -170,6 +172,16 @@ impl Daemon for Answers {
         tracing::info!("asked to detach");
         Ok(())
     }
+
+    fn order(&self, order: &Order) -> Result<u64> {
+        let not_yet = || Error::new(ErrorKind::Busy, "the volume is only being attached: try again");
+        let view = self.0.view.get().cloned().ok_or_else(not_yet)?;
+        Ok(self.0.jobs.keep(view.order(order)?))
+    }
+
+    fn is_done(&self, job: u64) -> Result<bool> {
+        self.0.jobs.is_done(job)
+    }
 }
 
 /// Serves in a process of its own, which writes to `log`; returns the device's path once it serves.
@@ -207,6 +219,7 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
         stop: StopHandle::new()?,
         run,
         begun: Instant::now(),
+        jobs: Jobs::default(),
     });
     shared.record(|_| {})?;
     // It answers for as long as the process lives.
@@ -336,6 +349,7 @@ mod tests {
             stop: StopHandle::new().expect("stop"),
             run: run.clone(),
             begun: Instant::now(),
+            jobs: Jobs::default(),
         })
     }
 

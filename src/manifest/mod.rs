@@ -7,19 +7,23 @@
 //!   next epoch that has first ones; an epoch without first ones owns nothing.
 //! - What a manifest names was durable in the store before the manifest was published.
 
+mod lineage;
 mod publish;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-pub use publish::Published;
+pub use lineage::{Parent, Snapshot, SourceOf, parse_ref_key, ref_key, refs_prefix};
+pub use publish::{By, Published};
 
 use crate::checksum::sha256_hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq};
 
-/// Version of the format.
-pub const VERSION: u32 = 1;
+/// Version of the format: 2 has snapshots and parents.
+pub const VERSION: u32 = 2;
+/// The oldest version that is read.
+const OLDEST: u32 = 1;
 /// What the `format` field says.
 const FORMAT: &str = "vb-ublk volume";
 
@@ -77,6 +81,9 @@ pub struct Image {
     pub number: u64,
     /// Its objects, in order.
     pub parts: Vec<Part>,
+    /// The source that wrote it, and in whose folder it lies: 0 is the volume itself. The sources in it are that one's.
+    #[serde(default)]
+    pub source: u8,
 }
 
 impl Image {
@@ -141,6 +148,18 @@ pub struct Manifest {
     pub history: Vec<EpochEntry>,
     /// The newest published base map; absent while nothing was ever checkpointed.
     pub checkpoint: Option<Checkpoint>,
+    /// Oldest first.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
+    /// Whose chunks the map may name: source `n` is number `n - 1`.
+    #[serde(default)]
+    pub parents: Vec<Parent>,
+    /// Neither the map nor a snapshot names a parent any more.
+    #[serde(default)]
+    pub flattened: bool,
+    /// Somebody is deleting the volume, under this mark: it may be neither attached nor cloned any more.
+    #[serde(default)]
+    pub deleting: Option<Uuid>,
     /// Whether the store was seen to honour conditional writes at the last attach.
     pub conditional_writes: bool,
     /// Identity of this version.
@@ -171,6 +190,10 @@ impl Manifest {
             writer: None,
             history: Vec::new(),
             checkpoint: None,
+            snapshots: Vec::new(),
+            parents: Vec::new(),
+            flattened: false,
+            deleting: None,
             conditional_writes: true,
             publish_id: Uuid::new_v4(),
             metadata: serde_json::Map::new(),
@@ -183,7 +206,7 @@ impl Manifest {
     /// # Errors
     /// `Internal`; this cannot happen for values of this type.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let plain = Self { checksum: String::new(), ..self.clone() };
+        let plain = Self { checksum: String::new(), version: VERSION, ..self.clone() };
         let mut text = serde_json::to_string_pretty(&plain)
             .map_err(|e| Error::new(ErrorKind::Internal, "encoding the manifest").with_source(e))?;
         text.push('\n');
@@ -212,11 +235,11 @@ impl Manifest {
         if head.format != FORMAT {
             return Err(corrupt(&format!("its format is {:?}, not {FORMAT:?}", head.format)));
         }
-        if head.version != VERSION {
+        if !(OLDEST..=VERSION).contains(&head.version) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "the manifest has format version {}; this program reads {VERSION}: use a newer vb-ublk",
+                    "the manifest has format version {}; this program reads {OLDEST} to {VERSION}: use a newer vb-ublk",
                     head.version
                 ),
             ));
@@ -229,7 +252,7 @@ impl Manifest {
         if plain.is_none_or(|t| sha256_hex(&t) != m.checksum) {
             return Err(corrupt("its checksum does not match"));
         }
-        let m = Self { checksum: String::new(), ..m };
+        let m = Self { checksum: String::new(), version: VERSION, ..m };
         check_size(m.size_bytes, m.logical_block)
             .map_err(|e| corrupt("size or block size is impossible").with_source(e))?;
         if m.block_bytes as usize != BLOCK {
@@ -245,6 +268,7 @@ impl Manifest {
         if m.history.last().map_or(Epoch(0), |e| e.epoch) != m.epoch {
             return Err(corrupt("its history does not end with its epoch"));
         }
+        m.check_lineage().map_err(corrupt)?;
         Ok(m)
     }
 
@@ -379,7 +403,7 @@ mod tests {
         assert_eq!(kind(&text.replace("\"created\": 17", "\"created\": 18")), ErrorKind::Corrupt, "the checksum");
         assert_eq!(kind("{}"), ErrorKind::Corrupt);
         assert_eq!(kind(&text[..text.len() / 2]), ErrorKind::Corrupt);
-        assert_eq!(kind(&text.replace("\"version\": 1", "\"version\": 2")), ErrorKind::Unsupported);
+        assert_eq!(kind(&text.replace("\"version\": 2", "\"version\": 3")), ErrorKind::Unsupported);
         assert_eq!(kind(&text.replace("\"size_bytes\": 1073741824", "\"size_bytes\": 1000")), ErrorKind::Corrupt);
         assert_eq!(kind(&text.replace("\"epoch\": 4", "\"epoch\": 1")), ErrorKind::Corrupt);
     }

@@ -7,6 +7,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Precondition, Store, Version};
 use crate::units::Nonce;
 
+/// How often a change is made anew when others change the manifest at the same time.
+const EDIT_TRIES: usize = 8;
+
+/// Who changes a manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    /// The attachment that the manifest names as its writer.
+    Attachment,
+    /// Somebody who has it not attached.
+    Anybody,
+}
+
 /// The manifest as the store has it.
 #[derive(Debug, Clone)]
 pub struct Published {
@@ -144,6 +156,68 @@ impl Published {
             self.still_ours(store).await?;
         }
         Ok(())
+    }
+
+    /// Changes the manifest of a volume that this process does not have attached: `change` is made on what is there, and made anew if
+    /// somebody else has changed it meanwhile.
+    ///
+    /// # Errors
+    /// `Busy` while a host has the volume attached: its daemon alone may change it; `change`'s; the store's.
+    pub async fn edit(&mut self, store: &dyn Store, change: impl Fn(&mut Manifest) -> Result<()>) -> Result<()> {
+        let name = self.manifest.name.clone();
+        for _ in 0..EDIT_TRIES {
+            let mut next = self.manifest.clone();
+            if next.writer.is_some() {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!(
+                        "volume {name:?} is attached by {}: this is done on that host, or when it is detached",
+                        next.holder()
+                    ),
+                ));
+            }
+            change(&mut next)?;
+            next.publish_id = Uuid::new_v4();
+            let key = key(&name);
+            let body = bytes::Bytes::from(next.encode()?);
+            match store.put_if(&key, body, Precondition::Matches(self.version.clone())).await {
+                Ok(version) => {
+                    *self = Self { manifest: next, version };
+                    return Ok(());
+                }
+                Err(e) if e.kind() == ErrorKind::Conflict => {
+                    *self = Self::load(store, &name).await?;
+                    // An earlier try of this very put had landed with its reply lost.
+                    if self.manifest.publish_id == next.publish_id {
+                        return Ok(());
+                    }
+                }
+                Err(e) => return Err(e.context(format!("publishing {key} in {}", store.url()))),
+            }
+        }
+        let what =
+            format!("the manifest of volume {name:?} in {} is changed by others all the time: try again", store.url());
+        Err(Error::new(ErrorKind::Conflict, what))
+    }
+
+    /// The same by whoever has the volume attached, or by anybody while nobody has.
+    ///
+    /// # Errors
+    /// As [`Published::edit`], or as [`Published::publish`] when this attachment is the writer.
+    pub async fn change(
+        &mut self,
+        store: &dyn Store,
+        by: By,
+        change: impl Fn(&mut Manifest) -> Result<()>,
+    ) -> Result<()> {
+        match by {
+            By::Anybody => self.edit(store, change).await,
+            By::Attachment => {
+                let mut next = self.manifest.clone();
+                change(&mut next)?;
+                self.publish(store, |m| *m = next).await
+            }
+        }
     }
 
     /// The weaker rule for stores without conditional writes: look, for want of a lock.

@@ -45,7 +45,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::image::{BaseImage, Run};
 use super::leaf::{BLOCKS, Leaf};
-use super::location::Location;
+use super::location::{Location, MAX_SOURCE};
 use crate::codec::CodecError;
 use crate::units::{BlockNo, LEAF_BLOCKS, MAX_VOLUME_BYTES};
 
@@ -166,6 +166,27 @@ impl Part {
     #[must_use]
     pub const fn volume_blocks(&self) -> u64 {
         self.volume_blocks
+    }
+
+    /// The same as another volume sees it, to which the writer's source 0 is source `by`.
+    ///
+    /// # Errors
+    /// When a location's source would be larger than any can be.
+    pub fn lifted(mut self, by: u8) -> Result<Self, CodecError> {
+        if by == 0 {
+            return Ok(self);
+        }
+        let too_many = || bad(format!("a source of its map is beyond {MAX_SOURCE} when seen from source {by}"));
+        for (_, leaf) in &mut self.leaves {
+            *leaf = leaf.lifted(by).ok_or_else(too_many)?;
+        }
+        for run in &mut self.runs {
+            run.to = match run.to {
+                Some(to) => Some(to.lifted(by).ok_or_else(too_many)?),
+                None => None,
+            };
+        }
+        Ok(self)
     }
 }
 

@@ -181,6 +181,27 @@ impl Leaf {
         Self::from_flat(&flat)
     }
 
+    /// The leaf with each location as seen by a volume to which source 0 is source `by`; the form stays. `None` when a location
+    /// has no room for that.
+    pub(crate) fn lifted(&self, by: u8) -> Option<Self> {
+        let lift = |raw: u64| match Location::from_raw(raw) {
+            Some(at) => at.lifted(by).map(Location::raw),
+            None => Some(0),
+        };
+        let each = |words: &[u64]| -> Option<Arc<[u64]>> {
+            words.iter().map(|w| lift(w & LOC_MASK).map(|raw| w & !LOC_MASK | raw)).collect()
+        };
+        Some(match self {
+            Self::Empty => Self::Empty,
+            Self::Run { first, len, at } => Self::Run { first: *first, len: *len, at: lift(*at)? },
+            Self::Pair { first, split, end, a, b } => {
+                Self::Pair { first: *first, split: *split, end: *end, a: lift(*a)?, b: lift(*b)? }
+            }
+            Self::Runs(w) => Self::Runs(each(w)?),
+            Self::Table(w) => Self::Table(each(w)?),
+        })
+    }
+
     /// Number of mapped blocks.
     pub(crate) fn mapped(&self) -> usize {
         match self {

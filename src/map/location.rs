@@ -66,6 +66,15 @@ impl Location {
         (self.0 >> SOURCE_SHIFT) as u8 & MAX_SOURCE
     }
 
+    /// The same place as a volume sees it to which source 0 is source `by`; `None` when no location has room for that.
+    #[must_use]
+    pub const fn lifted(self, by: u8) -> Option<Self> {
+        if self.source() as u16 + by as u16 > MAX_SOURCE as u16 {
+            return None;
+        }
+        Some(Self(self.0 + ((by as u64) << SOURCE_SHIFT)))
+    }
+
     /// The chunk.
     #[must_use]
     pub const fn chunk(self) -> ChunkNo {

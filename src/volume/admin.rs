@@ -2,8 +2,9 @@
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
+use super::snapshots::{dependents, forget_parent, mark_deleted, needed};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, Manifest, Published};
+use crate::manifest::{self, By, Manifest, Published};
 use crate::store::Store;
 
 const PARALLEL_DELETES: usize = 16;
@@ -15,6 +16,28 @@ pub struct CreateOptions {
     pub size_bytes: u64,
     /// Logical block size in bytes: 512 or 4096.
     pub logical_block: u32,
+}
+
+/// A volume's name, and a snapshot's: `VOLUME` or `VOLUME@SNAPSHOT`.
+///
+/// # Errors
+/// `Usage` when either cannot be one.
+pub fn split_name(name: &str) -> Result<(&str, Option<&str>)> {
+    let (volume, snapshot) = match name.split_once('@') {
+        Some((v, s)) => (v, Some(s)),
+        None => (name, None),
+    };
+    manifest::check_name(volume)?;
+    if let Some(s) = snapshot {
+        manifest::check_name(s).map_err(|e| e.context(format!("the snapshot in {name:?}")))?;
+    }
+    Ok((volume, snapshot))
+}
+
+/// What [`split_name`] takes apart.
+#[must_use]
+pub fn full_name(volume: &str, snapshot: Option<&str>) -> String {
+    snapshot.map_or_else(|| volume.to_owned(), |s| format!("{volume}@{s}"))
 }
 
 /// Makes a volume.
@@ -49,20 +72,24 @@ pub async fn list(store: &dyn Store) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// A volume's manifest.
+/// A volume's manifest; of a snapshot (`VOLUME@SNAPSHOT`), as if the volume still were as it was then.
 ///
 /// # Errors
 /// `NotFound`, `Corrupt`, the store's.
 pub async fn info(store: &dyn Store, name: &str) -> Result<Manifest> {
-    manifest::check_name(name)?;
-    Ok(Published::load(store, name).await?.manifest)
+    let (volume, snapshot) = split_name(name)?;
+    let m = Published::load(store, volume).await?.manifest;
+    match snapshot {
+        Some(s) => Ok(m.at_snapshot(m.snapshot(s)?)),
+        None => Ok(m),
+    }
 }
 
 /// Deletes every object of a volume, the manifest first: what an interruption leaves is no volume any more, and the
 /// next delete of the name removes the rest. Returns the number of objects.
 ///
 /// # Errors
-/// `Busy` when somebody has it attached (unless `force`), `NotFound`, the store's.
+/// `Busy` when somebody has it attached (unless `force`), or when volumes were cloned from it; `NotFound`, the store's.
 pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     manifest::check_name(name)?;
     let prefix = manifest::prefix(name);
@@ -70,6 +97,7 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     let rest = async || -> Result<Vec<String>> {
         Ok(store.list(&prefix, None).await?.into_iter().map(|o| o.key).filter(|k| *k != manifest_key).collect())
     };
+    let mut was = None;
     match Published::load(store, name).await {
         Ok(p) if p.manifest.writer.is_some() && !force => {
             return Err(Error::new(
@@ -80,14 +108,24 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
                 ),
             ));
         }
-        Ok(_) => {}
+        Ok(mut p) => {
+            let by = if p.manifest.writer.is_some() { By::Attachment } else { By::Anybody };
+            mark_deleted(store, &mut p, by).await?;
+            was = Some(p.manifest);
+        }
         Err(e) if e.kind() == ErrorKind::NotFound => {
             if rest().await?.is_empty() {
                 return Err(e);
             }
         }
-        Err(_) if force => {}
-        Err(e) => return Err(e),
+        Err(e) if !force => return Err(e),
+        // Nothing can be marked: a clone that is made at this very moment is not seen.
+        Err(_) => {
+            let clones = dependents(store, name, None).await?;
+            if !clones.is_empty() {
+                return Err(needed(&format!("volume {name:?}"), &clones));
+            }
+        }
     }
     store.delete(&manifest_key).await.map_err(|e| e.context(format!("deleting {manifest_key}")))?;
     let keys = rest().await?;
@@ -96,5 +134,9 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
         .buffer_unordered(PARALLEL_DELETES)
         .try_collect::<()>()
         .await?;
+    // Last: what an interruption leaves behind is told from a living clone's by its identity.
+    if let Some(m) = was {
+        forget_parent(store, &m).await?;
+    }
     Ok(keys.len() as u64 + 1)
 }

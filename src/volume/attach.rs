@@ -18,7 +18,7 @@ use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{Manifest, Published, Writer, prefix};
+use crate::manifest::{Manifest, Published, Writer};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{Nonce, SECTOR};
@@ -137,7 +137,6 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
 
     let at = Place { disk: &disk, file: &file, geometry };
     let log = start_log(at, &mut sb, salt, replayed, taken.end.through, &taken.maps).await?;
-    let name_prefix = prefix(&before.name);
     let parts = Parts {
         name: before.name,
         uuid: before.uuid,
@@ -151,7 +150,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         maps: taken.maps.clone(),
     };
     let mut attached = Attached::new(parts, stores.background, disk, timer);
-    attached.reader.keys().set_own(&name_prefix, &published.manifest.history);
+    attached.reader.keys().set(&published.manifest);
     let full_image = taken.full_image();
     attached.background.take_up(Holding { published, superblock: sb, end: taken.end, full_image });
     Ok(attached)

@@ -15,12 +15,12 @@ use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
-use super::{Command, ReadRequest, Volume};
+use super::{Command, ReadRequest, Volume, admin, fixed};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::manifest::{Published, Writer, check_name};
+use crate::manifest::{Published, Writer};
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
@@ -44,7 +44,7 @@ pub struct AttachOptions {
     pub store_url: StoreUrl,
     /// How to reach it.
     pub store_options: StoreOptions,
-    /// The volume's name.
+    /// The volume's name; or `VOLUME@SNAPSHOT`, to be read only.
     pub volume: String,
     /// The log: a file (made if missing), or a block device.
     pub log_path: PathBuf,
@@ -82,7 +82,7 @@ impl Host {
     /// # Errors
     /// Those of [`attach`], of the log's file, and of the store.
     pub fn attach(opts: AttachOptions) -> Result<Self> {
-        check_name(&opts.volume)?;
+        admin::split_name(&opts.volume)?;
         let (told, answer) = oneshot::channel();
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
@@ -222,6 +222,13 @@ fn salts() -> Box<dyn FnMut() -> u64 + Send> {
 }
 
 async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, TokioTimer>> {
+    if let (volume, Some(snapshot)) = admin::split_name(&opts.volume)? {
+        let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
+        let of = (volume, snapshot);
+        let attached = fixed::open(stores(&backend), of, &opts.log_path, opts.io_timeout, salts()).await?;
+        attached.volume.count_store(backend);
+        return Ok(attached);
+    }
     if opts.resume
         && let Some(attached) = open_and_resume(opts).await?
     {

@@ -5,7 +5,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use crate::checksum::sha256_hex;
 use crate::codec::CodecError;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{Image, Manifest};
+use crate::manifest::{Checkpoint, Image, Manifest};
 use crate::map::checkpoint::{Expect, Ident, Part, PartKind, decode_part};
 use crate::map::{BaseImage, ImageBuilder};
 use crate::store::Store;
@@ -25,51 +25,54 @@ pub(super) struct Images {
 ///
 /// # Errors
 /// `Corrupt` for a part that is missing or is not what the manifest says; the store's.
-pub(super) async fn load_images(store: &dyn Store, name_prefix: &str, m: &Manifest) -> Result<Images> {
+pub(super) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Images> {
+    load_checkpoint(store, m, m.checkpoint.as_ref()).await
+}
+
+/// Reads a checkpoint of this volume's: its newest, a snapshot's, or the one that a clone began with. Sources are as the volume
+/// counts them, whoever wrote the image.
+///
+/// # Errors
+/// As [`load_images`].
+pub(super) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&Checkpoint>) -> Result<Images> {
     let blocks = m.size_bytes / BLOCK as u64;
-    let Some(c) = &m.checkpoint else {
+    let Some(c) = c else {
         let empty = BaseImage::empty(blocks);
         return Ok(Images { full: empty.clone(), current: empty });
     };
     let bad = |e: CodecError| Error::from(e).context("joining the checkpoint's parts");
     let mut builder = ImageBuilder::new(blocks);
-    for part in load_parts(store, name_prefix, m, &c.full, PartKind::Full).await? {
+    for part in load_parts(store, m, &c.full, PartKind::Full).await? {
         builder.full_part(part).map_err(bad)?;
     }
     let full = builder.finish().map_err(bad)?;
     let Some(delta) = &c.delta else { return Ok(Images { current: full.clone(), full }) };
     let mut builder = ImageBuilder::over(full.clone());
-    for part in load_parts(store, name_prefix, m, delta, PartKind::Delta).await? {
+    for part in load_parts(store, m, delta, PartKind::Delta).await? {
         builder.delta_part(part).map_err(bad)?;
     }
     Ok(Images { current: builder.finish().map_err(bad)?, full })
 }
 
-async fn load_parts(
-    store: &dyn Store,
-    name_prefix: &str,
-    m: &Manifest,
-    image: &Image,
-    kind: PartKind,
-) -> Result<Vec<Part>> {
+async fn load_parts(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKind) -> Result<Vec<Part>> {
     stream::iter(0..image.parts.len())
-        .map(|i| load_part(store, name_prefix, m, image, kind, i))
+        .map(|i| load_part(store, m, image, kind, i))
         .buffered(PARALLEL_PARTS)
         .try_collect()
         .await
 }
 
-async fn load_part(
-    store: &dyn Store,
-    name_prefix: &str,
-    m: &Manifest,
-    image: &Image,
-    kind: PartKind,
-    i: usize,
-) -> Result<Part> {
+/// The key of an image's part.
+pub(super) fn part_at(m: &Manifest, image: &Image, i: usize) -> String {
+    let prefix = m.source(image.source).map(|s| s.prefix()).unwrap_or_default();
+    format!("{prefix}{}", image.parts[i].key)
+}
+
+async fn load_part(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKind, i: usize) -> Result<Part> {
     let part = &image.parts[i];
-    let key = format!("{name_prefix}{}", part.key);
+    let key = part_at(m, image, i);
     let damaged = |why: String| Error::new(ErrorKind::Corrupt, format!("checkpoint part {key} is damaged: {why}"));
+    let source = m.source(image.source).ok_or_else(|| damaged(format!("no source {} is known", image.source)))?;
     let (bytes, _) = store.get(&key).await.map_err(|e| match e.kind() {
         ErrorKind::NotFound => damaged("it is not in the store".to_owned()).with_source(e),
         _ => e.context(format!("reading checkpoint part {key}")),
@@ -81,28 +84,29 @@ async fn load_part(
         return Err(damaged("its SHA-256 is not what the manifest says".to_owned()));
     }
     let expect = Expect {
-        ident: Ident { volume: m.uuid, number: image.number },
+        ident: Ident { volume: source.uuid, number: image.number },
         kind,
         part: i as u32,
         parts: image.parts.len() as u32,
         volume_blocks: m.size_bytes / BLOCK as u64,
     };
-    decode_part(&bytes, &expect).map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
+    let decoded = decode_part(&bytes, &expect).and_then(|p| p.lifted(image.source));
+    decoded.map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
 }
 
 /// Every part of the checkpoint that cannot be used, with the reason: [`load_images`] stops at the first.
 ///
 /// # Errors
 /// The store's, and those of a newer program's parts.
-pub(super) async fn damaged_parts(store: &dyn Store, name_prefix: &str, m: &Manifest) -> Result<Vec<(String, Error)>> {
+pub(super) async fn damaged_parts(store: &dyn Store, m: &Manifest) -> Result<Vec<(String, Error)>> {
     let Some(c) = &m.checkpoint else { return Ok(Vec::new()) };
     let images = [Some((&c.full, PartKind::Full)), c.delta.as_ref().map(|d| (d, PartKind::Delta))];
     let mut bad = Vec::new();
     for (image, kind) in images.into_iter().flatten() {
-        for (i, part) in image.parts.iter().enumerate() {
-            match load_part(store, name_prefix, m, image, kind, i).await {
+        for i in 0..image.parts.len() {
+            match load_part(store, m, image, kind, i).await {
                 Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::Corrupt => bad.push((format!("{name_prefix}{}", part.key), e)),
+                Err(e) if e.kind() == ErrorKind::Corrupt => bad.push((part_at(m, image, i), e)),
                 Err(e) => return Err(e),
             }
         }

@@ -12,6 +12,7 @@
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
+//! - [`snapshots`]: snapshots and clones; `fixed`: a snapshot that is served.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
@@ -25,6 +26,7 @@ pub mod attach;
 pub mod background;
 pub mod damage;
 pub mod engine;
+mod fixed;
 pub mod host;
 mod images;
 pub mod lane;
@@ -32,6 +34,7 @@ pub mod rebuild;
 pub mod recover;
 pub mod resume;
 mod salvage;
+pub mod snapshots;
 mod start;
 pub mod take;
 pub mod throttle;
@@ -83,6 +86,23 @@ pub enum Command {
     Abandon,
     /// Upload everything that is complete now.
     Drain(oneshot::Sender<Result<()>>),
+    /// Keep the volume as it is now, or a little later, under a name: every write that has completed is in it. Answered when it is in
+    /// the store.
+    Snapshot {
+        /// Its name.
+        name: String,
+        /// The time, in seconds since 1970.
+        created: u64,
+        /// The answer.
+        reply: oneshot::Sender<Result<()>>,
+    },
+    /// Delete a snapshot, unless a clone needs it.
+    DeleteSnapshot {
+        /// Its name.
+        name: String,
+        /// The answer.
+        reply: oneshot::Sender<Result<()>>,
+    },
 }
 
 /// What the background tells about itself.
@@ -332,6 +352,20 @@ impl Volume {
         let ended = || Error::new(ErrorKind::Internal, format!("the background of volume {} has ended", self.name));
         self.commands.send(make(reply)).await.map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
+    }
+
+    /// Orders something of the background, from a thread that runs no tasks; the answer comes later.
+    ///
+    /// # Errors
+    /// `Internal` when the background has ended.
+    pub fn ask(
+        &self,
+        make: impl FnOnce(oneshot::Sender<Result<()>>) -> Command,
+    ) -> Result<oneshot::Receiver<Result<()>>> {
+        let (reply, answer) = oneshot::channel();
+        let ended = |_| Error::new(ErrorKind::Internal, format!("the background of volume {} has ended", self.name));
+        self.commands.blocking_send(make(reply)).map_err(ended)?;
+        Ok(answer)
     }
 
     pub(crate) fn update_background(&self, change: impl FnOnce(&mut BackgroundStatus)) {

@@ -64,7 +64,7 @@ pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
 use write::NO_ATTACHMENT;
 
 use super::attach::utc;
-use super::images::load_images;
+use super::images::{load_checkpoint, load_images};
 use super::recover::{PARALLEL_HEADERS, StoreEnd, checkpoint_end};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
@@ -176,13 +176,17 @@ impl Job<'_> {
         }
         let mut notes = Vec::new();
         let maps = Maps::new(m.size_bytes / SECTOR as u64);
-        let (start, map_from) = match load_images(self.store, &manifest::prefix(self.name), m).await {
+        let (start, map_from) = match load_images(self.store, m).await {
             Ok(images) => {
                 maps.load_base(&images.current);
                 (checkpoint_end(m), MapFrom::Checkpoint)
             }
             Err(e) if e.kind() == ErrorKind::Corrupt => {
                 notes.push(e.to_string());
+                // A clone begins as the snapshot that it was made from.
+                if let Some(parent) = m.parents.first() {
+                    maps.load_base(&load_checkpoint(self.store, m, parent.checkpoint.as_ref()).await?.current);
+                }
                 (NOWHERE, MapFrom::Chunks)
             }
             Err(e) => return Err(e),

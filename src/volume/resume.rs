@@ -23,7 +23,7 @@ use super::{Parts, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{Published, prefix};
+use crate::manifest::Published;
 use crate::map::Maps;
 use crate::store::Store;
 use crate::time::Timer;
@@ -190,7 +190,7 @@ impl<D: Disk> Taking<D> {
         };
         let (end, full_image) = (found.end, found.full_image());
         // Before the first reader can meet a location.
-        self.reader.keys().set_own(&prefix(&published.manifest.name), &published.manifest.history);
+        self.reader.keys().set(&published.manifest);
         self.volume.maps.load_base(&found.maps.base_image());
         self.volume.maps.drop_overlay_through(end.through);
         self.volume.log.retire(end.through);

@@ -96,7 +96,7 @@ async fn find_manifest(store: &dyn Store, name: &str, report: &mut Report) -> Re
 /// The base map as an attach from the store alone would have it, or `None` when nobody can say.
 async fn find_base(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<BaseImage>> {
     let prefix = manifest::prefix(&m.name);
-    let Some(images) = find_checkpoint(store, &prefix, m, report).await? else { return Ok(None) };
+    let Some(images) = find_checkpoint(store, m, report).await? else { return Ok(None) };
     let (maps, end) = if m.writer.is_none() {
         // After a clean detach nothing behind the checkpoint counts.
         (base_maps(m, &images), checkpoint_end(m))
@@ -108,21 +108,21 @@ async fn find_base(store: &dyn Store, m: &Manifest, report: &mut Report) -> Resu
     Ok(Some(image))
 }
 
-async fn find_checkpoint(store: &dyn Store, prefix: &str, m: &Manifest, report: &mut Report) -> Result<Option<Images>> {
-    match load_images(store, prefix, m).await {
+async fn find_checkpoint(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<Images>> {
+    match load_images(store, m).await {
         Err(e) if e.kind() == ErrorKind::Corrupt => {}
         loaded => return loaded.map(Some),
     }
-    for (key, e) in damaged_parts(store, prefix, m).await? {
+    for (key, e) in damaged_parts(store, m).await? {
         report.damage.push(Damage::of_object(DamageKind::Checkpoint, key, e.to_string()));
     }
     if !report.is_well() {
         return Ok(None);
     }
     // Each part is good now: it was a bit on the way, or they do not fit together.
-    match load_images(store, prefix, m).await {
+    match load_images(store, m).await {
         Err(e) if e.kind() == ErrorKind::Corrupt => {
-            let folder = format!("{prefix}checkpoints/");
+            let folder = format!("{}checkpoints/", manifest::prefix(&m.name));
             report.damage.push(Damage::of_object(DamageKind::Checkpoint, folder, e.to_string()));
             Ok(None)
         }
@@ -238,7 +238,7 @@ async fn check_blocks(
 ) -> Result<()> {
     let prefix = manifest::prefix(&m.name);
     let keys = Keys::default();
-    keys.set_own(&prefix, &m.history);
+    keys.set(m);
     let mut progress = Progress { of: image.mapped_blocks(), ..Progress::default() };
     told(progress);
     for (first, last) in windows(image, WINDOW_RUNS) {
@@ -304,7 +304,7 @@ type Found = Result<(String, Checked), Error>;
 async fn check_chunk<'a>(store: &dyn Store, keys: &Keys, mapped: &'a [Mapped]) -> Result<(&'a [Mapped], Found)> {
     let (source, chunk) = id_of(&mapped[0]);
     let key = match keys.key(source, chunk) {
-        Ok(key) => key,
+        Ok((key, _)) => key,
         Err(unowned) => return Ok((mapped, Err(unowned))),
     };
     let checked = check(store, &key, mapped).await?;

@@ -1,6 +1,7 @@
 //! The volume over a real log file and a file store, without a frontend.
 
 mod latch;
+mod snapshots;
 #[path = "../support_rng/mod.rs"]
 mod support_rng;
 mod viperblock;

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::super::claim::take;
-use super::super::control::{self, Control, Daemon};
+use super::super::control::{self, Control, Daemon, Order};
 use super::super::engine::{self, AttachOptions, Attached, CreateOptions, LaneEngine, View};
+use super::super::jobs::Jobs;
 use super::super::pause;
 use super::super::phase::{Phase, describe};
 use super::super::place::wal_file;
@@ -77,6 +78,7 @@ struct Shared {
     phase: Mutex<Phase>,
     view: Mutex<Option<View>>,
     figures: Arc<Figures>,
+    jobs: Jobs,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -106,6 +108,16 @@ impl Daemon for Answers {
             self.0.state.how_to_detach()
         );
         Err(Error::new(ErrorKind::Busy, what))
+    }
+
+    fn order(&self, order: &Order) -> Result<u64> {
+        let not_yet = || Error::new(ErrorKind::Busy, "the volume is only being attached: try again");
+        let view = locked(&self.0.view).clone().ok_or_else(not_yet)?;
+        Ok(self.0.jobs.keep(view.order(order)?))
+    }
+
+    fn is_done(&self, job: u64) -> Result<bool> {
+        self.0.jobs.is_done(job)
     }
 }
 
@@ -137,28 +149,34 @@ impl NbdVolume {
 impl Volumes {
     /// What clients are told of a volume.
     fn info_of(&self, name: &VolumeName, size_bytes: u64) -> ExportInfo {
-        let how = if self.read_only { ", read-only" } else { "" };
+        let read_only = self.read_only || name.parts().1.is_some();
+        let how = if read_only { ", read-only" } else { "" };
         ExportInfo {
             name: name.to_string(),
             description: format!("{} of {}{how}", human_bytes(size_bytes), self.store),
             size_bytes,
-            read_only: self.read_only,
+            read_only,
         }
     }
 
     /// What a volume that is not attached is; one that would be made on first use is what it would be.
     pub(super) fn info(&self, name: &VolumeName) -> Result<ExportInfo> {
-        let size = match (engine::size_of(&self.store, &self.store_options, name.as_str()), &self.create) {
+        let size = match (engine::size_of(&self.store, &self.store_options, name.as_str()), self.create_for(name)) {
             (Err(e), Some(create)) if e.kind() == ErrorKind::NotFound => create.size_bytes,
             (found, _) => found?,
         };
         Ok(self.info_of(name, size))
     }
 
+    /// What a missing volume is made as; a snapshot is not made.
+    fn create_for(&self, name: &VolumeName) -> Option<&CreateOptions> {
+        self.create.as_ref().filter(|_| name.parts().1.is_none())
+    }
+
     /// Has the volume there, or fails.
     fn ensure(&self, name: &VolumeName) -> Result<()> {
         let found = engine::size_of(&self.store, &self.store_options, name.as_str());
-        match (found, &self.create) {
+        match (found, self.create_for(name)) {
             (Err(e), Some(create)) if e.kind() == ErrorKind::NotFound => {
                 match engine::create(&self.store, &self.store_options, name.as_str(), create) {
                     // Somebody else was faster.
@@ -189,6 +207,7 @@ impl Volumes {
             phase: Mutex::new(Phase::Attaching),
             view: Mutex::default(),
             figures: Arc::clone(&self.figures),
+            jobs: Jobs::default(),
         });
         self.run.write(&shared.state)?;
         let listener = control::listen(&self.run.socket_path(name)?)?;

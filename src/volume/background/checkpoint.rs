@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Background, Backoff, Event, PublishDone, no_trouble, trouble};
+use super::{Background, Backoff, Event, PublishDone, Reply, SnapshotOrder, lost, no_trouble, trouble};
 use crate::checksum::sha256_hex;
 use crate::disk::Disk;
 use crate::error::{ErrorKind, Result};
-use crate::manifest::{Checkpoint, Image, Part, Published, part_key};
+use crate::manifest::{By, Checkpoint, Image, Manifest, Part, Published, part_key};
 use crate::map::BaseImage;
 use crate::map::checkpoint::{Ident, encode_delta, encode_full};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo, Seq};
 use crate::volume::Volume;
+use crate::volume::snapshots::{self, Wanted};
 
 /// A checkpoint is due after this many chunks.
 const CHECKPOINT_CHUNKS: u64 = 1024;
@@ -30,6 +31,7 @@ struct Cut {
     full_before: BaseImage,
     number: u64,
     release: bool,
+    snapshots: Vec<Wanted>,
 }
 
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
@@ -40,7 +42,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let release = release || self.detach.is_some() && settled && self.volume.log.failure().is_some();
         let Some(published) = &self.published else { return };
         let last = published.manifest.checkpoint.as_ref().map_or(0, |c| c.last_chunk.0);
-        if !(release || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
+        let snapshots = self.snapshots.iter().any(|s| s.after <= self.applied_seq);
+        if !(release || snapshots || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
             return;
         }
         // The release waits for the packed mark, so that the next attach finds a log that agrees.
@@ -48,6 +51,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             return;
         }
         let Some(published) = self.published.take() else { return };
+        let (snapshots, replies) = self.due_snapshots(&published.manifest);
         let cut = Cut {
             group: self.applied,
             through: self.applied_seq,
@@ -56,6 +60,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             full_before: self.full_image.clone(),
             number: self.next_checkpoint,
             release,
+            snapshots,
         };
         self.next_checkpoint += 1;
         let (volume, store, timer, prefix) =
@@ -77,12 +82,53 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 }
                 backoff.pause(&timer).await;
             };
-            Event::Published { published, done }
+            Event::Published { published, done, replies }
         });
     }
 
-    pub(super) fn publish_done(&mut self, published: Box<Published>, done: PublishDone) {
+    /// The snapshots whose moment has been applied, for the next checkpoint, and who waits for them.
+    fn due_snapshots(&mut self, m: &Manifest) -> (Vec<Wanted>, Vec<Reply>) {
+        let applied = self.applied_seq;
+        let (due, later) = self.snapshots.drain(..).partition(|s| s.after <= applied);
+        self.snapshots = later;
+        let (mut wanted, mut replies) = (Vec::new(), Vec::new());
+        // Each is tried on what the others before it leave.
+        let mut tried = m.clone();
+        for SnapshotOrder { wanted: w, reply, .. } in due {
+            match snapshots::add(&mut tried, &w) {
+                Ok(()) => {
+                    wanted.push(w);
+                    replies.push(reply);
+                }
+                Err(e) => {
+                    let _ = reply.send(Err(e));
+                }
+            }
+        }
+        (wanted, replies)
+    }
+
+    /// Deletes a snapshot when the manifest is free.
+    pub(super) fn delete_snapshots(&mut self) {
+        if self.deletions.is_empty() {
+            return;
+        }
+        let Some(mut published) = self.published.take() else { return };
+        let Some((name, reply)) = self.deletions.pop_front() else { return };
+        let store = self.store.clone();
+        self.spawn(async move {
+            let result = snapshots::delete(&*store, &mut published, By::Attachment, &name).await;
+            let done = match result {
+                Err(e) if e.kind() == ErrorKind::Fenced => PublishDone::Fenced(e),
+                result => PublishDone::Changed(result),
+            };
+            Event::Published { published, done, replies: vec![reply] }
+        });
+    }
+
+    pub(super) fn publish_done(&mut self, published: Box<Published>, done: PublishDone, replies: Vec<Reply>) {
         self.published = Some(published);
+        let mut result = Ok(());
         match done {
             PublishDone::Done { full, group, released } => {
                 if let Some(full) = full {
@@ -97,8 +143,19 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                     self.finished = true;
                 }
             }
-            PublishDone::Fenced(e) => self.fenced(&e),
-            PublishDone::Stopped => {}
+            PublishDone::Changed(changed) => result = changed,
+            PublishDone::Fenced(e) => {
+                self.fenced(&e);
+                result = Err(lost(&self.volume));
+            }
+            PublishDone::Stopped => result = Err(lost(&self.volume)),
+        }
+        let mut result = Some(result);
+        for reply in replies {
+            // Several are of one checkpoint, which fails only with the volume.
+            let _ = reply.send(
+                result.take().unwrap_or_else(|| if self.volume.is_gone() { Err(lost(&self.volume)) } else { Ok(()) }),
+            );
         }
     }
 }
@@ -113,8 +170,8 @@ async fn checkpoint(
 ) -> Result<Option<BaseImage>> {
     let m = &published.manifest;
     if m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group) || m.checkpoint.is_none() && cut.group.0 == 0 {
-        // Nothing new to write; a release still has to be published.
-        published.publish(&**store, |m| release(m, cut)).await?;
+        // Nothing new to write; a release, or a snapshot of what is there, still has to be published.
+        publish(&**store, published, cut, |_| ()).await?;
         return Ok(None);
     }
     let ident = Ident { volume: m.uuid, number: cut.number };
@@ -127,27 +184,34 @@ async fn checkpoint(
     let (full, delta, new_full) = match delta {
         Some((c, runs)) if small => {
             let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, PART_BYTES), name).await?;
-            (c.full.clone(), Some(Image { number: cut.number, parts }), None)
+            (c.full.clone(), Some(Image { number: cut.number, parts, source: 0 }), None)
         }
         _ => {
             let parts = put_parts(&**store, prefix, encode_full(&cut.image, ident, PART_BYTES), name).await?;
-            (Image { number: cut.number, parts }, None, Some(cut.image.clone()))
+            (Image { number: cut.number, parts, source: 0 }, None, Some(cut.image.clone()))
         }
     };
     let next = Checkpoint { group: cut.group, through: cut.through, last_chunk: cut.last_chunk, full, delta };
-    published
-        .publish(&**store, |m| {
-            m.checkpoint = Some(next);
-            release(m, cut);
-        })
-        .await?;
+    publish(&**store, published, cut, |m| m.checkpoint = Some(next)).await?;
     Ok(new_full)
 }
 
-fn release(m: &mut crate::manifest::Manifest, cut: &Cut) {
-    if cut.release {
-        m.writer = None;
+/// Publishes what a cut changes in the manifest.
+async fn publish(
+    store: &dyn Store,
+    published: &mut Published,
+    cut: &Cut,
+    checkpoint: impl FnOnce(&mut Manifest),
+) -> Result<()> {
+    let mut next = published.manifest.clone();
+    checkpoint(&mut next);
+    for wanted in &cut.snapshots {
+        snapshots::add(&mut next, wanted)?;
     }
+    if cut.release {
+        next.writer = None;
+    }
+    published.publish(store, |m| *m = next).await
 }
 
 /// Writes an image's parts, one after the other.

@@ -24,8 +24,10 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
 
 use super::recover::StoreEnd;
+use super::snapshots::Wanted;
 use super::{Command, Volume};
 use crate::chunk::bodies::Bodies;
 use crate::chunk::pack::BuiltChunk;
@@ -73,6 +75,8 @@ pub(super) enum Event {
     Published {
         published: Box<Published>,
         done: PublishDone,
+        /// Who waits for it.
+        replies: Vec<Reply>,
     },
     Polled(Result<()>),
     Grown {
@@ -83,10 +87,23 @@ pub(super) enum Event {
     Confirmed(Result<Box<Holding>>),
 }
 
-/// How a checkpoint or release ended.
+/// To whom the end of something is told.
+pub(super) type Reply = oneshot::Sender<Result<()>>;
+
+/// A snapshot that waits for its moment to be in the store.
+struct SnapshotOrder {
+    wanted: Wanted,
+    /// The last entry that had completed when it was asked for.
+    after: Seq,
+    reply: Reply,
+}
+
+/// How a checkpoint, a release or another change of the manifest ended.
 pub(super) enum PublishDone {
     /// The manifest says so.
     Done { full: Option<BaseImage>, group: GroupNo, released: bool },
+    /// Something else was changed, or not.
+    Changed(Result<()>),
     /// Another host has the volume.
     Fenced(Error),
     /// The volume went away meanwhile.
@@ -154,8 +171,14 @@ pub struct Background<D: Disk, T: Timer> {
     growing: bool,
     no_growth_until: Duration,
 
-    drains: Vec<(Seq, oneshot::Sender<Result<()>>)>,
-    detach: Option<oneshot::Sender<Result<()>>>,
+    /// What is served never changes: nothing is cared for.
+    is_fixed: bool,
+    snapshots: Vec<SnapshotOrder>,
+    /// Snapshots that are to be deleted, by name.
+    deletions: VecDeque<(String, Reply)>,
+
+    drains: Vec<(Seq, Reply)>,
+    detach: Option<Reply>,
     finished: bool,
 }
 
@@ -221,6 +244,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             held: false,
             growing: false,
             no_growth_until: Duration::ZERO,
+            is_fixed: false,
+            snapshots: Vec::new(),
+            deletions: VecDeque::new(),
             drains: Vec::new(),
             detach: None,
             finished: false,
@@ -256,6 +282,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.volume.set_confirmed();
     }
 
+    /// A snapshot is served: its maps have the base, and its reader the keys.
+    pub(super) fn serve_fixed(&mut self) {
+        self.is_fixed = true;
+        self.volume.set_confirmed();
+    }
+
     /// The volume is being taken by `taking`, which goes on until it has it, or knows that it is another's.
     pub(super) fn confirm_by(&self, taking: impl Future<Output = Result<Holding>> + 'static) {
         self.spawn(async move { Event::Confirmed(taking.await.map(Box::new)) });
@@ -286,6 +318,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     fn command(&mut self, command: Option<Command>) {
         match command {
             Some(Command::Detach(reply)) => self.detach = Some(reply),
+            Some(Command::Snapshot { name, created, reply }) => {
+                let wanted = Wanted { name, id: Uuid::new_v4(), created };
+                self.snapshots.push(SnapshotOrder { wanted, after: self.volume.log.passed_seq(), reply });
+            }
+            Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
             Some(Command::Abandon) | None => {
                 self.volume.set_gone("it was abandoned");
@@ -298,6 +335,14 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     /// Starts what is due.
     fn step(&mut self) {
         let now = self.timer.now();
+        if self.is_fixed && self.detach.is_some() {
+            self.let_go();
+            return;
+        }
+        if self.is_fixed {
+            self.refuse_orders();
+            return;
+        }
         self.care_for_log(now);
         if self.volume.is_gone() {
             self.give_up();
@@ -310,6 +355,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.answer_drains();
             self.mark_packed();
             self.checkpoint_if_due();
+            self.delete_snapshots();
             self.poll_manifest(now);
         }
         self.report(now);
@@ -334,7 +380,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 }
                 self.superblock = Some(sb);
             }
-            Event::Published { published, done } => self.publish_done(published, done),
+            Event::Published { published, done, replies } => self.publish_done(published, done, replies),
             Event::Polled(result) => self.polled(result),
             Event::Grown { slot, result } => self.grown(slot, result),
             Event::Confirmed(Ok(holding)) => {
@@ -382,13 +428,31 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.volume.log.fail(e.to_string());
     }
 
+    /// There is nothing to upload and nothing to release.
+    fn let_go(&mut self) {
+        self.volume.set_gone("it was detached");
+        if let Some(reply) = self.detach.take() {
+            let _ = reply.send(Ok(()));
+        }
+        self.finished = true;
+    }
+
+    fn refuse_orders(&mut self) {
+        for (_, reply) in self.drains.drain(..) {
+            let _ = reply.send(Ok(()));
+        }
+        let orders = self.snapshots.drain(..).map(|s| s.reply).chain(self.deletions.drain(..).map(|d| d.1));
+        for reply in orders {
+            let what = format!("{} is a snapshot: it has none of its own", self.volume.name());
+            let _ = reply.send(Err(Error::new(ErrorKind::Usage, what)));
+        }
+    }
+
     /// The volume is another's: whoever waits is told, and a detach only ends.
     fn give_up(&mut self) {
-        let lost = |v: &Volume| {
-            let reason = v.status().failure.unwrap_or_default();
-            Error::new(ErrorKind::Fenced, format!("volume {:?} was lost while it was attached: {reason}", v.name()))
-        };
-        for (_, reply) in self.drains.drain(..) {
+        let drains = self.drains.drain(..).map(|d| d.1);
+        let orders = self.snapshots.drain(..).map(|s| s.reply).chain(self.deletions.drain(..).map(|d| d.1));
+        for reply in drains.chain(orders) {
             let _ = reply.send(Err(lost(&self.volume)));
         }
         if let Some(reply) = self.detach.take() {
@@ -447,6 +511,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
         }
     }
+}
+
+/// What whoever waits for a volume that is gone is told.
+fn lost(v: &Volume) -> Error {
+    let reason = v.status().failure.unwrap_or_default();
+    Error::new(ErrorKind::Fenced, format!("volume {:?} was lost while it was attached: {reason}", v.name()))
 }
 
 /// How often in a row there was no manifest. Once may be an outage (a mount that is away, a proxy); several times are a deleted

@@ -85,7 +85,7 @@ impl Job<'_> {
         let name = |part: usize| part_key(number, NO_ATTACHMENT, self.opts.nonce, part);
         let parts = put_parts(self.store, &prefix, encode_full(image, ident, PART_BYTES), name).await;
         let parts = parts.map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
-        let full = Image { number, parts };
+        let full = Image { number, parts, source: 0 };
         Ok(Some(Checkpoint { group: end.group, through: end.through, last_chunk: end.last_chunk, full, delta: None }))
     }
 

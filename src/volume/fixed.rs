@@ -1,0 +1,79 @@
+//! A snapshot, served to be read.
+//!
+//! Invariants:
+//! - Nothing is taken, packed or published, here or in the store: any number of hosts may serve one snapshot, beside the volume itself.
+//! - Nothing is ever written to the log: it is there because a volume has one, and its file has no name.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::attach::{Attached, Stores};
+use super::images::load_images;
+use super::start::{Place, start_log};
+use super::{Parts, admin};
+use crate::disk::file::DataFile;
+use crate::disk::uring::{TokioTimer, UringDisk};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::manifest::Published;
+use crate::map::Maps;
+use crate::store::Store;
+use crate::units::{SECTOR, Seq};
+use crate::wal::create::{MIN_LOG_BYTES, SuperblockFile, geometry_for, new_superblock};
+use crate::wal::replay::Replay;
+
+/// Serves `snapshot` of `volume`. `log_path` is where a file of a few MiB is made, which is gone when the volume is let go of.
+///
+/// # Errors
+/// `NotFound` when there is no such volume or snapshot, `Corrupt`; the store's, and those of the log's folder.
+pub(super) async fn open(
+    stores: Stores,
+    (volume, snapshot): (&str, &str),
+    log_path: &Path,
+    io_timeout: Option<std::time::Duration>,
+    mut salt: Box<dyn FnMut() -> u64 + Send>,
+) -> Result<Attached<UringDisk, TokioTimer>> {
+    let store: &dyn Store = &*stores.attach;
+    let published = Published::load(store, volume).await?;
+    let m = published.manifest.at_snapshot(published.manifest.snapshot(snapshot)?);
+    let images = load_images(store, &m).await?;
+    let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
+    maps.load_base(&images.current);
+
+    // Another process may serve the same snapshot.
+    let log_path = &log_path.with_extension(format!("{}.tmp", std::process::id()));
+    if let Some(folder) = log_path.parent() {
+        std::fs::create_dir_all(folder).context(|| format!("making the log's folder {}", folder.display()))?;
+    }
+    if log_path.exists() {
+        let what = format!(
+            "{} is in the way: a snapshot that is served needs a file of its own there for a moment",
+            log_path.display()
+        );
+        return Err(Error::new(ErrorKind::Exists, what));
+    }
+    let file = Arc::new(DataFile::open(log_path, true)?);
+    std::fs::remove_file(log_path).context(|| format!("unlinking {}", log_path.display()))?;
+    let disk = UringDisk::new(&file).context(|| format!("opening {} a second time", log_path.display()))?;
+    let geometry = geometry_for(MIN_LOG_BYTES)?;
+    let first = new_superblock(m.uuid, salt(), geometry, m.size_bytes / SECTOR as u64, m.logical_block);
+    let mut sb = SuperblockFile::create(&disk, first).await?;
+    let replay = Replay { next_generation: 1, ..Replay::default() };
+    let at = Place { disk: &disk, file: &file, geometry };
+    let log = start_log(at, &mut sb, salt, replay, Seq(0), &maps).await?;
+    let parts = Parts {
+        name: admin::full_name(volume, Some(snapshot)),
+        uuid: m.uuid,
+        size_bytes: m.size_bytes,
+        logical_block: m.logical_block,
+        read_only: true,
+        io_timeout,
+        store_url: store.url(),
+        log,
+        log_file: file,
+        maps,
+    };
+    let mut attached = Attached::new(parts, stores.background, disk, TokioTimer);
+    attached.reader.keys().set(&m);
+    attached.background.serve_fixed();
+    Ok(attached)
+}

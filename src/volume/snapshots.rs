@@ -1,0 +1,285 @@
+//! Snapshots and clones, and what depends on what.
+//!
+//! A snapshot is an entry in the manifest. Its maker publishes it with the checkpoint that it names (`background::checkpoint` while the
+//! volume is attached, [`create`] while it is not). A clone is a manifest whose map begins as a snapshot's, and an object at that snapshot's
+//! volume, the *ref*, that says so. Making one costs five requests to the store, whatever the size.
+//!
+//! Invariants:
+//! - *Clone*: put the ref; put the manifest; then look at the snapshot once more. If it is gone or marked, undo.
+//! - *Delete* (of a snapshot, or of the volume): mark it; then list its refs. If a clone is there, take the mark away. Else remove what
+//!   was marked, if the mark still is one's own.
+//! - So of a clone and a deletion at the same time at most one succeeds: if the look came before the mark the ref and the manifest
+//!   were there before the list; else the look sees the mark. A ref without its clone is of one that will still look, of one that was
+//!   undone, or of one that was deleted; it may go once the mark is there.
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::{self, By, Manifest, Published, Snapshot, parse_ref_key, ref_key, refs_prefix};
+use crate::store::Store;
+
+const PARALLEL_LOOKS: usize = 16;
+/// Clones that a refusal names.
+const MOST_TOLD: usize = 8;
+
+/// Keeps a volume that nobody has attached as it is, under a name.
+///
+/// # Errors
+/// `Busy` while somebody has it attached, `Exists`, `Usage` for a name that cannot be; the store's.
+pub async fn create(store: &dyn Store, volume: &str, name: &str, now_unix: u64) -> Result<Snapshot> {
+    let mut published = Published::load(store, volume).await?;
+    let id = Uuid::new_v4();
+    published.edit(store, |m| add(m, &Wanted { name: name.to_owned(), id, created: now_unix })).await?;
+    published.manifest.snapshot(name).cloned()
+}
+
+/// A snapshot that is to be made.
+#[derive(Debug, Clone)]
+pub(super) struct Wanted {
+    pub name: String,
+    pub id: Uuid,
+    pub created: u64,
+}
+
+/// Adds a snapshot of the manifest's checkpoint.
+pub(super) fn add(m: &mut Manifest, wanted: &Wanted) -> Result<()> {
+    not_deleting(m)?;
+    m.may_snapshot(&wanted.name)?;
+    m.snapshots.push(Snapshot {
+        name: wanted.name.clone(),
+        id: wanted.id,
+        created: wanted.created,
+        size_bytes: m.size_bytes,
+        checkpoint: m.checkpoint.clone(),
+        deleting: None,
+    });
+    Ok(())
+}
+
+/// Refuses what cannot be done with a volume that somebody is deleting.
+pub(super) fn not_deleting(m: &Manifest) -> Result<()> {
+    if m.deleting.is_none() {
+        return Ok(());
+    }
+    let what = format!(
+        "volume {:?} is being deleted, or its deletion was interrupted: `vb-ublk volume delete {}` ends it",
+        m.name, m.name
+    );
+    Err(Error::new(ErrorKind::Busy, what))
+}
+
+/// Deletes a snapshot. What it alone kept is garbage then.
+///
+/// # Errors
+/// `Busy`, with their names, when volumes were cloned from it and still need it; `Busy` when another process has the volume attached,
+/// `NotFound`, `Conflict` when somebody else deletes it at the same time; the store's.
+pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: &str) -> Result<()> {
+    let mark = Uuid::new_v4();
+    let id = published.manifest.snapshot(name)?.id;
+    let of = move |m: &Manifest| m.snapshots.iter().position(|s| s.id == id);
+    let gone = |m: &Manifest| {
+        Error::new(ErrorKind::Conflict, format!("somebody else deletes snapshot {name:?} of volume {:?}", m.name))
+    };
+    published
+        .change(store, by, |m| {
+            let at = of(m).ok_or_else(|| gone(m))?;
+            m.snapshots[at].deleting = Some(mark);
+            Ok(())
+        })
+        .await?;
+    let ours = |m: &Manifest| of(m).filter(|at| m.snapshots[*at].deleting == Some(mark));
+    let volume = published.manifest.name.clone();
+    let found = dependents(store, &volume, Some(id)).await;
+    match found {
+        Ok(clones) if clones.is_empty() => {
+            published
+                .change(store, by, |m| {
+                    let at = ours(m).ok_or_else(|| gone(m))?;
+                    m.snapshots.remove(at);
+                    Ok(())
+                })
+                .await
+        }
+        kept => {
+            published
+                .change(store, by, |m| {
+                    if let Some(at) = ours(m) {
+                        m.snapshots[at].deleting = None;
+                    }
+                    Ok(())
+                })
+                .await?;
+            Err(needed(&format!("snapshot {name:?} of volume {volume:?}"), &kept?))
+        }
+    }
+}
+
+/// Marks a volume that is to be deleted, unless others need it.
+///
+/// # Errors
+/// `Busy`, with their names, when volumes were cloned from it; the store's.
+pub(super) async fn mark_deleted(store: &dyn Store, published: &mut Published, by: By) -> Result<()> {
+    let mark = Uuid::new_v4();
+    published
+        .change(store, by, |m| {
+            m.deleting = Some(mark);
+            Ok(())
+        })
+        .await?;
+    let volume = published.manifest.name.clone();
+    let clones = dependents(store, &volume, None).await;
+    let ours = |m: &Manifest| m.deleting == Some(mark);
+    match clones {
+        Ok(clones) if clones.is_empty() => {
+            let now = Published::load(store, &volume).await?;
+            if ours(&now.manifest) {
+                return Ok(());
+            }
+            Err(Error::new(ErrorKind::Conflict, format!("somebody else deletes volume {volume:?}")))
+        }
+        kept => {
+            published
+                .change(store, by, |m| {
+                    if ours(m) {
+                        m.deleting = None;
+                    }
+                    Ok(())
+                })
+                .await?;
+            Err(needed(&format!("volume {volume:?}"), &kept?))
+        }
+    }
+}
+
+pub(super) fn needed(what: &str, clones: &[String]) -> Error {
+    let more = clones.len().saturating_sub(MOST_TOLD);
+    let names = clones[..clones.len() - more].join(", ");
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    Error::new(
+        ErrorKind::Busy,
+        format!(
+            "{what} cannot be deleted: {names}{more} {} made from it; delete {} first, or cut the tie with `vb-ublk volume flatten`",
+            if clones.len() == 1 { "was" } else { "were" },
+            if clones.len() == 1 { "it" } else { "them" },
+        ),
+    )
+}
+
+/// The names of the volumes that were cloned from a snapshot, or from any of the volume's, and still need it. Refs that nobody needs
+/// any more are removed; so only for what is marked.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn dependents(store: &dyn Store, volume: &str, snapshot: Option<Uuid>) -> Result<Vec<String>> {
+    let folder = refs_prefix(volume, snapshot);
+    let refs =
+        store.list(&folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let clones: Vec<Option<String>> = stream::iter(&refs)
+        .map(|object| async move {
+            let Some((snapshot, clone, uuid)) = parse_ref_key(volume, &object.key) else { return Ok(None) };
+            if needs(store, &clone, uuid, snapshot).await? {
+                return Ok(Some(clone));
+            }
+            store.delete(&object.key).await?;
+            Ok::<_, Error>(None)
+        })
+        .buffered(PARALLEL_LOOKS)
+        .try_collect()
+        .await?;
+    Ok(clones.into_iter().flatten().collect())
+}
+
+/// Whether that clone is there and depends on that snapshot.
+async fn needs(store: &dyn Store, clone: &str, uuid: Uuid, snapshot: Uuid) -> Result<bool> {
+    match Published::load(store, clone).await {
+        Ok(p) => Ok(p.manifest.uuid == uuid && p.manifest.parent().is_some_and(|p| p.snapshot == snapshot)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        // Whatever it says: it may need it.
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => Ok(true),
+        Err(e) => Err(e),
+    }
+}
+
+/// What a ref says, for people.
+#[derive(Serialize)]
+struct RefBody<'a> {
+    clone: &'a str,
+    uuid: Uuid,
+    snapshot: &'a str,
+    size_bytes: u64,
+}
+
+/// Makes a volume that begins as a snapshot of another one.
+///
+/// # Errors
+/// `NotFound`, `Exists`, `Usage` for a name or size that cannot be, `Busy` when the snapshot is being deleted, `Full` for too long a chain of
+/// clones; the store's. What an interruption leaves is at most a ref, which the next deletion of the snapshot removes.
+pub async fn clone(
+    store: &dyn Store,
+    volume: &str,
+    snapshot: &str,
+    new: &str,
+    size_bytes: Option<u64>,
+    now_unix: u64,
+) -> Result<Manifest> {
+    manifest::check_name(new)?;
+    let parent = Published::load(store, volume).await?.manifest;
+    not_deleting(&parent)?;
+    let from = parent.snapshot(snapshot)?;
+    let size_bytes = size_bytes.unwrap_or(from.size_bytes);
+    manifest::check_size(size_bytes, parent.logical_block)?;
+    let m = parent.clone_of(from, new, size_bytes, now_unix)?;
+    let key = ref_key(volume, from.id, new, m.uuid);
+    let body = RefBody { clone: new, uuid: m.uuid, snapshot, size_bytes };
+    let body = serde_json::to_vec(&body)
+        .map_err(|e| Error::new(ErrorKind::Internal, format!("encoding {key}")).with_source(e))?;
+    // A store that ignores conditions would let the clone take the place of a volume: look first.
+    if store.get(&manifest::key(new)).await.is_ok() {
+        return Err(Error::new(ErrorKind::Exists, format!("there is a volume {new:?} in {} already", store.url())));
+    }
+    store.put(&key, body.into()).await.map_err(|e| e.context(format!("writing {key} in {}", store.url())))?;
+    let uuid = m.uuid;
+    let made = match Published::create(store, m).await {
+        Ok(p) => p.manifest,
+        Err(e) => {
+            let _ = store.delete(&key).await;
+            return Err(e);
+        }
+    };
+    let still = Published::load(store, volume).await.and_then(|p| {
+        not_deleting(&p.manifest)?;
+        let s = p.manifest.snapshot(snapshot)?;
+        if s.id == from.id && s.deleting.is_none() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Busy, format!("snapshot {snapshot:?} of volume {volume:?} is being deleted")))
+    });
+    if let Err(e) = still {
+        undo(store, new, uuid, &key).await?;
+        return Err(e.context(format!("cloning {volume}@{snapshot}")));
+    }
+    Ok(made)
+}
+
+async fn undo(store: &dyn Store, new: &str, uuid: Uuid, ref_key: &str) -> Result<()> {
+    let undoing = |e: Error| {
+        e.context(format!("undoing the clone {new:?}; `vb-ublk volume delete {new}` removes what is left of it"))
+    };
+    let there = Published::load(store, new).await;
+    if there.is_ok_and(|p| p.manifest.uuid == uuid) {
+        store.delete(&manifest::key(new)).await.map_err(undoing)?;
+    }
+    store.delete(ref_key).await.map_err(undoing)
+}
+
+/// Removes the ref of a volume that needs its parent no more, or is gone.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn forget_parent(store: &dyn Store, m: &Manifest) -> Result<()> {
+    let Some(p) = m.parents.first() else { return Ok(()) };
+    let key = ref_key(&p.name, p.snapshot, &m.name, m.uuid);
+    store.delete(&key).await.map_err(|e| e.context(format!("deleting {key} in {}", store.url())))
+}
