@@ -1,5 +1,6 @@
 //! The volume over a real log file and a file store, without a frontend.
 
+mod dependants;
 mod latch;
 mod snapshots;
 #[path = "../support_rng/mod.rs"]

@@ -1,0 +1,226 @@
+//! Clones and deletions at the same time: every order in which two processes' requests can come to the store.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use vb_ublk::error::Result;
+use vb_ublk::manifest::{By, Published};
+use vb_ublk::store::memory::MemoryStore;
+use vb_ublk::store::{ObjectMeta, Precondition, Store, Version};
+use vb_ublk::volume::{admin, snapshots};
+
+use crate::volume_support::block_on;
+
+/// Each request waits for one poll before it is made: whoever polls decides whose is next.
+#[derive(Debug, Clone, Default)]
+struct Turns(MemoryStore);
+
+async fn turn() {
+    let mut asked = false;
+    std::future::poll_fn(move |cx| {
+        if asked {
+            return Poll::Ready(());
+        }
+        asked = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+#[async_trait]
+impl Store for Turns {
+    async fn get(&self, key: &str) -> Result<(Bytes, Version)> {
+        turn().await;
+        self.0.get(key).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        turn().await;
+        self.0.get_range(key, range).await
+    }
+    async fn put(&self, key: &str, body: Bytes) -> Result<()> {
+        turn().await;
+        self.0.put(key, body).await
+    }
+    async fn put_if(&self, key: &str, body: Bytes, condition: Precondition) -> Result<Version> {
+        turn().await;
+        self.0.put_if(key, body, condition).await
+    }
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectMeta>> {
+        turn().await;
+        self.0.list(prefix, start_after).await
+    }
+    async fn delete(&self, key: &str) -> Result<()> {
+        turn().await;
+        self.0.delete(key).await
+    }
+    fn url(&self) -> String {
+        self.0.url()
+    }
+}
+
+type Doing = Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// Runs all, and at each step polls the one that `order` says; behind its end the first that is not done. Returns what came of
+/// each, and the choices: (which of, how many).
+fn interleave(mut all: Vec<Doing>, order: &[usize]) -> (Vec<Result<()>>, Vec<(usize, usize)>) {
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut done: Vec<Option<Result<()>>> = all.iter().map(|_| None).collect();
+    let mut choices = Vec::new();
+    while done.iter().any(Option::is_none) {
+        let open: Vec<usize> = (0..all.len()).filter(|i| done[*i].is_none()).collect();
+        let choice = order.get(choices.len()).copied().unwrap_or(0);
+        choices.push((choice, open.len()));
+        let i = open[choice];
+        if let Poll::Ready(result) = all[i].as_mut().poll(&mut cx) {
+            done[i] = Some(result);
+        }
+    }
+    (done.into_iter().flatten().collect(), choices)
+}
+
+/// Every order there is, one after the other.
+fn every_order(mut run: impl FnMut(&[usize]) -> Vec<(usize, usize)>) -> usize {
+    let (mut order, mut runs) = (Vec::new(), 0);
+    loop {
+        let mut choices = run(&order);
+        runs += 1;
+        while choices.last().is_some_and(|(choice, of)| choice + 1 == *of) {
+            choices.pop();
+        }
+        let Some(last) = choices.last_mut() else { return runs };
+        last.0 += 1;
+        order = choices.into_iter().map(|c| c.0).collect();
+    }
+}
+
+/// A volume with a snapshot, in a store of its own.
+fn fresh() -> Turns {
+    let store = Turns::default();
+    block_on(async {
+        let opts = admin::CreateOptions { size_bytes: 1 << 20, logical_block: 512 };
+        admin::create(&store, "vol", &opts, 1).await.unwrap();
+        snapshots::create(&store, "vol", "s", 1).await.unwrap();
+    });
+    store
+}
+
+fn clone(store: &Turns, new: &'static str) -> Doing {
+    let store = store.clone();
+    Box::pin(async move { snapshots::clone(&store, "vol", "s", new, None, 2).await.map(drop) })
+}
+
+fn delete_snapshot(store: &Turns) -> Doing {
+    let store = store.clone();
+    Box::pin(async move {
+        let mut published = Published::load(&store, "vol").await?;
+        snapshots::delete(&store, &mut published, By::Anybody, "s").await
+    })
+}
+
+fn delete_volume(store: &Turns) -> Doing {
+    let store: Arc<dyn Store> = Arc::new(store.clone());
+    Box::pin(async move { admin::delete(&*store, "vol", false).await.map(drop) })
+}
+
+/// A clone that is there has its snapshot; nothing is left of one that is not.
+fn check(store: &Turns, clones: &[(&str, bool)], order: &[usize]) {
+    block_on(async {
+        let parent = Published::load(store, "vol").await.ok().map(|p| p.manifest);
+        for (name, made) in clones {
+            let there = Published::load(store, name).await.ok().map(|p| p.manifest);
+            assert_eq!(there.is_some(), *made, "{order:?}: {name}");
+            if let Some(c) = there {
+                let of = c.parent().expect("it is a clone").snapshot;
+                let kept = parent.iter().flat_map(|p| &p.snapshots).any(|s| s.id == of);
+                assert!(kept, "{order:?}: {name} has lost what it was made from");
+            }
+        }
+        let refs = store.list("vol/refs/", None).await.unwrap().len();
+        let made = clones.iter().filter(|c| c.1).count();
+        assert!(refs >= made, "{order:?}: {refs} refs of {made} clones");
+        let marked = parent.iter().any(|p| p.deleting.is_some() || p.snapshots.iter().any(|s| s.deleting.is_some()));
+        assert!(!marked, "{order:?}: a mark is left");
+    });
+}
+
+#[test]
+fn of_a_clone_and_a_deletion_at_the_same_time_at_most_one_succeeds() {
+    for delete in [delete_snapshot as fn(&Turns) -> Doing, delete_volume] {
+        let (mut cloned, mut deleted) = (0, 0);
+        let runs = every_order(|order| {
+            let store = fresh();
+            let (done, choices) = interleave(vec![clone(&store, "c"), delete(&store)], order);
+            let ok = (done[0].is_ok(), done[1].is_ok());
+            assert!(ok != (true, true), "{order:?}: both");
+            cloned += usize::from(ok.0);
+            deleted += usize::from(ok.1);
+            check(&store, &[("c", ok.0)], order);
+            choices
+        });
+        eprintln!("{runs} orders: cloned in {cloned}, deleted in {deleted}");
+        assert!(runs > 100 && cloned > 10 && deleted > 10);
+    }
+}
+
+#[test]
+fn two_deletions_beside_a_clone_do_not_let_each_other_in() {
+    // Every order of the three would be hundreds of thousands: the second deletion runs whole, at each point between the others' steps.
+    let mut runs = 0;
+    for at in [1, 3, 4, 5, 7] {
+        runs += every_order(|order| {
+            let store = fresh();
+            let first = clone(&store, "c");
+            let (one, two) = (delete_snapshot(&store), delete_snapshot(&store));
+            // Its steps all come at once, behind `at` steps of the others.
+            let late: Doing = {
+                let mut waiting = at;
+                let mut two = Some(two);
+                Box::pin(async move {
+                    while waiting > 0 {
+                        waiting -= 1;
+                        turn().await;
+                    }
+                    let mut two = two.take().expect("once");
+                    std::future::poll_fn(move |cx| {
+                        loop {
+                            if let Poll::Ready(done) = two.as_mut().poll(cx) {
+                                return Poll::Ready(done);
+                            }
+                        }
+                    })
+                    .await
+                })
+            };
+            let both: Doing = Box::pin(async move {
+                let (a, b) = futures_util::future::join(one, late).await;
+                a.or(b)
+            });
+            let (done, choices) = interleave(vec![first, both], order);
+            let cloned = done[0].is_ok();
+            assert!(!(cloned && done[1].is_ok()), "{order:?}, {at}: both");
+            check(&store, &[("c", cloned)], order);
+            choices
+        });
+    }
+    eprintln!("{runs} orders");
+    assert!(runs > 1000);
+}
+
+#[test]
+fn two_clones_of_one_name_are_one() {
+    let mut runs = 0;
+    runs += every_order(|order| {
+        let store = fresh();
+        let (done, choices) = interleave(vec![clone(&store, "c"), clone(&store, "c")], order);
+        assert_eq!(done.iter().filter(|d| d.is_ok()).count(), 1, "{order:?}");
+        check(&store, &[("c", true)], order);
+        choices
+    });
+    assert!(runs > 100, "{runs}");
+}
