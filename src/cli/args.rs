@@ -340,6 +340,18 @@ pub(crate) enum VolumeCommand {
     /// Nothing is deleted. Objects that are missing, or whose headers are damaged, make it refuse: put them back, or see
     /// --accept-loss.
     Rebuild(RebuildArgs),
+    /// Make a volume larger, in use or not; or smaller, while nobody has it attached
+    Resize {
+        /// Its name
+        volume: VolumeName,
+        /// Its new size, as in 20G
+        size: ByteSize,
+        /// Make it smaller although there is data behind the new end, which is lost
+        #[arg(long)]
+        discard_tail: bool,
+        #[command(flatten)]
+        json: JsonArg,
+    },
     /// Delete a volume and all its data
     Delete {
         /// Its name

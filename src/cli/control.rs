@@ -63,6 +63,11 @@ pub(super) enum Order {
         /// The time, in seconds since 1970.
         created: u64,
     },
+    /// Make the volume larger.
+    Grow {
+        /// Its size from then on, in bytes.
+        size_bytes: u64,
+    },
     /// Delete a snapshot.
     DeleteSnapshot {
         /// Its name.

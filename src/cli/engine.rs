@@ -21,7 +21,7 @@ use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Command, Volume, admin, rebuild, snapshots, verify};
+use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
@@ -108,6 +108,24 @@ pub(super) fn size_of(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result
 
 pub(super) fn info(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Value> {
     with_store(url, opts, async |s| json(&admin::info(s, name).await?))
+}
+
+/// Resizes a volume that nobody has attached.
+pub(super) fn resize(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    name: &str,
+    size_bytes: u64,
+    discard_tail: bool,
+) -> Result<Manifest> {
+    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
+    let how = resize::Options { size_bytes, discard_tail, nonce };
+    with_store(url, opts, async |s| resize::resize(s, name, &how).await)
+}
+
+/// Tells the kernel the new size of a device.
+pub(super) fn resize_device(id: u32, size_bytes: u64) -> Result<()> {
+    ublk::resize(id, size_bytes)
 }
 
 /// A time as a name: `20261120-215300`.
@@ -231,6 +249,7 @@ impl View {
     pub(super) fn order(&self, order: &Order) -> Result<oneshot::Receiver<Result<()>>> {
         self.0.ask(|reply| match order.clone() {
             Order::Snapshot { name, created } => Command::Snapshot { name, created, reply },
+            Order::Grow { size_bytes } => Command::Grow { size_bytes, reply },
             Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },
         })
     }

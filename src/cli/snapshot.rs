@@ -92,7 +92,7 @@ pub(super) fn whole(volume: &VolumeName) -> Result<()> {
 ///
 /// # Errors
 /// The order's own, and when the daemon cannot be asked.
-fn ordered(settings: &Settings, volume: &VolumeName, order: &Order) -> Result<bool> {
+pub(super) fn ordered(settings: &Settings, volume: &VolumeName, order: &Order) -> Result<bool> {
     let run = RunDir::at(&settings.run_dir);
     let here = run.is_held(volume)? && run.read(volume)?.is_some_and(|state| state.store == settings.store.to_string());
     if !here {

@@ -1,11 +1,13 @@
-//! `volume create | list | info | verify | rebuild | delete`.
+//! `volume create | list | info | verify | rebuild | resize | delete`.
 
 use serde_json::{Value, json};
 
 use super::args::VolumeCommand;
+use super::control::Order;
 use super::engine::{self, CreateOptions};
 use super::output::{fields, print, print_json};
 use super::settings::Settings;
+use super::snapshot::{ordered, whole};
 use super::state::RunDir;
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,6 +41,22 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             not_attached_here(settings, &args.volume)?;
             super::rebuild::run(settings, args)
         }
+        VolumeCommand::Resize { volume, size, discard_tail, json } => {
+            whole(volume)?;
+            let size_bytes = super::add::check_size(*size)?;
+            let here = ordered(settings, volume, &Order::Grow { size_bytes })?;
+            let note = if here {
+                tell_device(settings, volume, size_bytes)?
+            } else {
+                engine::resize(url, opts, volume.as_str(), size_bytes, *discard_tail)?;
+                None
+            };
+            if json.json {
+                return print_json(&json!({ "volume": volume, "size_bytes": size_bytes, "note": note }));
+            }
+            let note = note.map(|n| format!("; {n}")).unwrap_or_default();
+            print(&format!("volume {volume} has {size} now{note}\n"))
+        }
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;
@@ -47,6 +65,23 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             }
             print(&format!("volume {volume} is deleted from {url} ({objects} objects)\n"))
         }
+    }
+}
+
+/// Has the volume's device take its new size. What the user has to know of it, if anything.
+fn tell_device(settings: &Settings, volume: &VolumeName, size_bytes: u64) -> Result<Option<String>> {
+    let Some(state) = RunDir::at(&settings.run_dir).read(volume)? else { return Ok(None) };
+    let Some(n) = state.device else {
+        return Ok(Some("NBD clients see it when they connect anew".to_owned()));
+    };
+    match engine::resize_device(n, size_bytes) {
+        Ok(()) => Ok(None),
+        Err(e) if e.kind() == ErrorKind::Unsupported => Ok(Some(format!(
+            "this kernel cannot resize a ublk device in use: /dev/ublkb{n} has its old size until it is detached and attached again"
+        ))),
+        Err(e) => Err(e.context(format!(
+            "volume {volume} has its new size, but /dev/ublkb{n} has not; give the command again, or detach and attach it"
+        ))),
     }
 }
 

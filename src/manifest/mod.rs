@@ -24,6 +24,8 @@ use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq}
 pub const VERSION: u32 = 2;
 /// The oldest version that is read.
 const OLDEST: u32 = 1;
+/// The epoch in the keys of a checkpoint that no attachment wrote.
+pub const NO_ATTACHMENT: Epoch = Epoch(0);
 /// What the `format` field says.
 const FORMAT: &str = "vb-ublk volume";
 

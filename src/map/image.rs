@@ -64,6 +64,12 @@ impl ShardBase {
         Self { pages: vec![None; leaves.div_ceil(ROW_LEAVES) as usize], counts: Counts::default() }
     }
 
+    /// Has room for so many leaves of the volume.
+    pub(crate) fn grow(&mut self, leaves: u64) {
+        let rows = leaves.div_ceil(ROW_LEAVES) as usize;
+        self.pages.resize(rows.max(self.pages.len()), None);
+    }
+
     /// Bytes of everything.
     pub(crate) fn bytes(&self) -> u64 {
         self.counts.bytes + (self.pages.capacity() * size_of::<Option<Arc<Page>>>()) as u64

@@ -38,6 +38,7 @@ mod types;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::units::{BlockNo, LEAF_BLOCKS, LEAF_SECTORS, Lba, SECTORS_PER_BLOCK, Seq};
@@ -131,7 +132,8 @@ struct EarlyHole {
 pub struct Maps {
     shards: Box<[Mutex<Shard>]>,
     early: Mutex<Option<Vec<EarlyHole>>>,
-    volume_sectors: u64,
+    /// Only grows.
+    volume_sectors: AtomicU64,
 }
 
 fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -148,19 +150,31 @@ impl Maps {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::new(shard())).collect(),
             early: Mutex::new(Some(Vec::new())),
-            volume_sectors,
+            volume_sectors: volume_sectors.into(),
         }
     }
 
     /// Size of the volume in sectors.
     #[must_use]
-    pub const fn volume_sectors(&self) -> u64 {
-        self.volume_sectors
+    pub fn volume_sectors(&self) -> u64 {
+        self.volume_sectors.load(Ordering::Acquire)
+    }
+
+    /// Makes the volume larger; what is new holds nothing. As with [`Maps::base_image`], nothing else changes the base meanwhile.
+    ///
+    /// # Panics
+    /// When it would become smaller.
+    pub fn grow(&self, volume_sectors: u64) {
+        assert!(volume_sectors >= self.volume_sectors(), "maps do not shrink");
+        for shard in &self.shards {
+            locked(shard).base.grow(volume_sectors.div_ceil(LEAF_SECTORS));
+        }
+        self.volume_sectors.store(volume_sectors, Ordering::Release);
     }
 
     /// Size of the volume in blocks, the last of which may be a part.
-    const fn volume_blocks(&self) -> u64 {
-        self.volume_sectors.div_ceil(SECTORS_PER_BLOCK)
+    fn volume_blocks(&self) -> u64 {
+        self.volume_sectors().div_ceil(SECTORS_PER_BLOCK)
     }
 
     /// Lays an entry over the overlay. Called in seq order, by one caller at a time.
@@ -447,7 +461,7 @@ impl Maps {
 
     /// The end of a range, which must lie in the volume.
     fn checked_end(&self, lba: Lba, sectors: u64) -> u64 {
-        let end = lba.0.checked_add(sectors).filter(|&end| end <= self.volume_sectors);
+        let end = lba.0.checked_add(sectors).filter(|&end| end <= self.volume_sectors());
         end.expect("a range of sectors lies inside the volume")
     }
 }

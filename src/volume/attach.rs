@@ -129,6 +129,8 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
             SuperblockFile::create(&disk, first).await?
         }
     };
+    // It may have been resized while nobody had it attached; its log is empty then.
+    sb.set_size(&disk, before.size_bytes).await?;
     prepare_slots(&Place { disk: &disk, file: &file, geometry }, &mut replayed).await?;
     let says = LogSays { ours, packed: replayed.packed, last: replayed.last_seq };
     let by = By { store, disk: &disk, timer: &timer, request: &request };

@@ -12,6 +12,7 @@
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
+//! - [`resize`]: a volume made larger or smaller.
 //! - [`snapshots`]: snapshots and clones; `fixed`: a snapshot that is served.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
@@ -32,6 +33,7 @@ mod images;
 pub mod lane;
 pub mod rebuild;
 pub mod recover;
+pub mod resize;
 pub mod resume;
 mod salvage;
 pub mod snapshots;
@@ -93,6 +95,13 @@ pub enum Command {
         name: String,
         /// The time, in seconds since 1970.
         created: u64,
+        /// The answer.
+        reply: oneshot::Sender<Result<()>>,
+    },
+    /// Make the volume larger.
+    Grow {
+        /// Its size in bytes from then on.
+        size_bytes: u64,
         /// The answer.
         reply: oneshot::Sender<Result<()>>,
     },
@@ -171,7 +180,8 @@ pub struct VolumeStatus {
 pub struct Volume {
     name: String,
     uuid: Uuid,
-    size_bytes: u64,
+    /// Only grows.
+    size_bytes: AtomicU64,
     logical_block: u32,
     read_only: bool,
     store_url: String,
@@ -217,7 +227,7 @@ impl Volume {
         let volume = Self {
             name,
             uuid,
-            size_bytes,
+            size_bytes: size_bytes.into(),
             logical_block,
             read_only,
             store_url,
@@ -247,13 +257,19 @@ impl Volume {
     }
     /// Size in bytes.
     #[must_use]
-    pub const fn size_bytes(&self) -> u64 {
-        self.size_bytes
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
     }
     /// Size in sectors.
     #[must_use]
-    pub const fn sectors(&self) -> u64 {
-        self.size_bytes / SECTOR as u64
+    pub fn sectors(&self) -> u64 {
+        self.size_bytes() / SECTOR as u64
+    }
+
+    /// Serves more from now on. The maps come first: a request to what is new finds them ready.
+    pub(crate) fn grow(&self, size_bytes: u64) {
+        self.maps.grow(size_bytes / SECTOR as u64);
+        self.size_bytes.store(size_bytes, Ordering::Release);
     }
     /// Logical block size in bytes.
     #[must_use]
@@ -389,7 +405,7 @@ impl Volume {
         VolumeStatus {
             name: self.name.clone(),
             uuid: self.uuid,
-            size_bytes: self.size_bytes,
+            size_bytes: self.size_bytes(),
             logical_block: self.logical_block,
             read_only: self.read_only,
             confirmed: self.is_confirmed(),

@@ -61,14 +61,13 @@ use history::{Attachment, Named, Rules};
 pub use local::LocalLog;
 use local::{Standing, judge, log_fate};
 pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
-use write::NO_ATTACHMENT;
 
 use super::attach::utc;
 use super::images::{load_checkpoint, load_images};
 use super::recover::{PARALLEL_HEADERS, StoreEnd, checkpoint_end};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, Checkpoint, FirstOwned, Manifest, Writer};
+use crate::manifest::{self, Checkpoint, FirstOwned, Manifest, NO_ATTACHMENT, Writer};
 use crate::map::Maps;
 use crate::store::Store;
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, SECTOR, Seq};

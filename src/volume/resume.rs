@@ -168,7 +168,13 @@ impl<D: Disk> Taking<D> {
             );
             return Err(Error::new(ErrorKind::Fenced, what));
         }
-        if m.size_bytes != self.volume.size_bytes() {
+        if m.size_bytes > self.volume.size_bytes() {
+            // It was made larger by a process that did not live to note it.
+            if let Err(e) = self.sb.set_size(&self.disk, m.size_bytes).await {
+                return Ok(Err(e));
+            }
+            self.volume.grow(m.size_bytes);
+        } else if m.size_bytes < self.volume.size_bytes() {
             let what = format!(
                 "volume {:?} has {} bytes in the store, but {} in its log: attach it anew",
                 m.name,

@@ -8,7 +8,7 @@ use super::codec::{MAX_DRAWN, SUPERBLOCK_AT, Superblock};
 use super::log::Geometry;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::units::{BLOCK, Nonce, Seq};
+use crate::units::{BLOCK, Nonce, SECTOR, Seq};
 
 /// The smallest log.
 pub const MIN_LOG_BYTES: u64 = 64 << 20;
@@ -108,6 +108,18 @@ impl SuperblockFile {
             ));
         }
         self.update(disk, |s| s.drawn.push(nonce)).await
+    }
+
+    /// Notes the volume's size, durably.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub async fn set_size<D: Disk>(&mut self, disk: &D, size_bytes: u64) -> Result<()> {
+        let sectors = size_bytes / SECTOR as u64;
+        if self.current.volume_sectors == sectors {
+            return Ok(());
+        }
+        self.update(disk, |s| s.volume_sectors = sectors).await
     }
 
     /// Advances the packed mark, durably.

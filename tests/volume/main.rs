@@ -2,6 +2,7 @@
 
 mod dependants;
 mod latch;
+mod resize;
 mod snapshots;
 #[path = "../support_rng/mod.rs"]
 mod support_rng;

@@ -123,7 +123,12 @@ impl Daemon for Answers {
 
 impl NbdVolume {
     pub(super) fn info(&self) -> ExportInfo {
-        self.info.clone()
+        let mut info = self.info.clone();
+        // It may have grown.
+        if let Some(view) = locked(&self.shared.view).as_ref() {
+            info.size_bytes = view.size_bytes();
+        }
+        info
     }
 
     /// The volume as `lane` sees it.

@@ -23,6 +23,7 @@ use libublk::sys;
 
 use super::features::KernelFeatures;
 use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::units::SECTOR;
 
 const CONTROL: &str = "/dev/ublk-control";
 const CHAR_DEVICES: &str = "/sys/class/ublk-char";
@@ -167,6 +168,18 @@ impl Control {
 
     /// Runs a command to its end. `buf` is what the driver fills.
     fn command(&mut self, op: u32, id: u32, buf: Option<&mut [u8; INFO_BYTES]>, len: u16) -> io::Result<()> {
+        self.command_with(op, id, buf, len, 0)
+    }
+
+    /// The same with a number for the driver.
+    fn command_with(
+        &mut self,
+        op: u32,
+        id: u32,
+        buf: Option<&mut [u8; INFO_BYTES]>,
+        len: u16,
+        data: u64,
+    ) -> io::Result<()> {
         let own = Box::new([0_u8; INFO_BYTES]);
         let addr = if buf.is_some() { own.as_ptr() as u64 } else { 0 };
         // struct ublksrv_ctrl_cmd: dev_id, queue_id, len, addr, data[1], dev_path_len, pad, reserved.
@@ -175,6 +188,7 @@ impl Control {
         cmd[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
         cmd[6..8].copy_from_slice(&len.to_ne_bytes());
         cmd[8..16].copy_from_slice(&addr.to_ne_bytes());
+        cmd[16..24].copy_from_slice(&data.to_ne_bytes());
         let entry = opcode::UringCmd80::new(Fd(self.file.as_raw_fd()), op).cmd(cmd).build();
         // SAFETY: the command is copied into the entry; the buffer it points at, `own`, lives until the completion
         // below has been seen, or is leaked when it is not. `len` is at most its size: see the callers.
@@ -329,6 +343,23 @@ pub fn delete_dead(id: u32) -> Result<()> {
     let stopped = control.simple(sys::UBLK_U_CMD_STOP_DEV, id);
     stopped.map_err(|e| refusal(e).context(format!("stopping /dev/ublkb{id}")))?;
     control.delete(id)
+}
+
+/// Tells the kernel the new size of a device that is served.
+///
+/// # Errors
+/// `Unsupported` before Linux 6.16; there is none; the driver's.
+pub fn resize(id: u32, size_bytes: u64) -> Result<()> {
+    let mut control = Control::open()?;
+    let Some(status) = control.info(id)? else {
+        return Err(Error::new(ErrorKind::NotFound, format!("there is no /dev/ublkb{id}")));
+    };
+    // Older drivers fall over when there is no disk yet, or no more.
+    if !status.is_served() {
+        return Err(Error::new(ErrorKind::Busy, format!("/dev/ublkb{id} is not served at the moment")));
+    }
+    let asking = |e| refusal(e).context(format!("resizing /dev/ublkb{id} to {size_bytes} bytes"));
+    control.command_with(sys::UBLK_U_CMD_UPDATE_SIZE, id, None, 0, size_bytes / SECTOR as u64).map_err(asking)
 }
 
 /// Removes a stopped device. Who still has it open, as when it is mounted, sees errors; its number is free when the last

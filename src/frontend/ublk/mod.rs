@@ -29,7 +29,7 @@ use libublk::{UblkError, UblkFlags, sys};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 
-pub use control::{DeviceState, DeviceStatus, delete_dead, device_info, is_alive, is_in_use, list_devices};
+pub use control::{DeviceState, DeviceStatus, delete_dead, device_info, is_alive, is_in_use, list_devices, resize};
 pub use features::{Feature, KernelFeatures, features};
 pub use params::DeviceSpec;
 pub use stop::StopHandle;

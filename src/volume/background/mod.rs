@@ -14,6 +14,7 @@
 pub(super) mod checkpoint;
 mod groups;
 pub(super) mod logcare;
+mod resize;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -79,6 +80,13 @@ pub(super) enum Event {
         replies: Vec<Reply>,
     },
     Polled(Result<()>),
+    /// The volume was to be made larger.
+    Resized {
+        published: Box<Published>,
+        sb: Box<SuperblockFile>,
+        result: Result<()>,
+        reply: Reply,
+    },
     Grown {
         slot: u32,
         result: Result<()>,
@@ -177,6 +185,8 @@ pub struct Background<D: Disk, T: Timer> {
     /// Snapshots that are to be deleted, by name.
     deletions: VecDeque<(String, Reply)>,
 
+    /// Sizes that the volume is to have, in bytes.
+    resizes: VecDeque<(u64, Reply)>,
     drains: Vec<(Seq, Reply)>,
     detach: Option<Reply>,
     finished: bool,
@@ -247,6 +257,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             is_fixed: false,
             snapshots: Vec::new(),
             deletions: VecDeque::new(),
+            resizes: VecDeque::new(),
             drains: Vec::new(),
             detach: None,
             finished: false,
@@ -322,6 +333,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 let wanted = Wanted { name, id: Uuid::new_v4(), created };
                 self.snapshots.push(SnapshotOrder { wanted, after: self.volume.log.passed_seq(), reply });
             }
+            Some(Command::Grow { size_bytes, reply }) => self.resizes.push_back((size_bytes, reply)),
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
             Some(Command::Abandon) | None => {
@@ -356,6 +368,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.mark_packed();
             self.checkpoint_if_due();
             self.delete_snapshots();
+            self.resize();
             self.poll_manifest(now);
         }
         self.report(now);
@@ -382,6 +395,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
             Event::Published { published, done, replies } => self.publish_done(published, done, replies),
             Event::Polled(result) => self.polled(result),
+            Event::Resized { published, sb, result, reply } => self.resized(published, sb, result, reply),
             Event::Grown { slot, result } => self.grown(slot, result),
             Event::Confirmed(Ok(holding)) => {
                 no_trouble(&self.volume);
@@ -437,13 +451,19 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.finished = true;
     }
 
+    /// Who waits for what has not been begun.
+    fn orders(&mut self) -> Vec<Reply> {
+        let snapshots = self.snapshots.drain(..).map(|s| s.reply);
+        let deletions = self.deletions.drain(..).map(|d| d.1);
+        snapshots.chain(deletions).chain(self.resizes.drain(..).map(|r| r.1)).collect()
+    }
+
     fn refuse_orders(&mut self) {
         for (_, reply) in self.drains.drain(..) {
             let _ = reply.send(Ok(()));
         }
-        let orders = self.snapshots.drain(..).map(|s| s.reply).chain(self.deletions.drain(..).map(|d| d.1));
-        for reply in orders {
-            let what = format!("{} is a snapshot: it has none of its own", self.volume.name());
+        for reply in self.orders() {
+            let what = format!("{} is a snapshot, which never changes", self.volume.name());
             let _ = reply.send(Err(Error::new(ErrorKind::Usage, what)));
         }
     }
@@ -451,8 +471,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     /// The volume is another's: whoever waits is told, and a detach only ends.
     fn give_up(&mut self) {
         let drains = self.drains.drain(..).map(|d| d.1);
-        let orders = self.snapshots.drain(..).map(|s| s.reply).chain(self.deletions.drain(..).map(|d| d.1));
-        for reply in drains.chain(orders) {
+        for reply in drains.collect::<Vec<_>>().into_iter().chain(self.orders()) {
             let _ = reply.send(Err(lost(&self.volume)));
         }
         if let Some(reply) = self.detach.take() {

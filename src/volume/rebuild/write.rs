@@ -6,16 +6,13 @@ use super::find::Found;
 use super::report::{ManifestState, Report};
 use super::{Job, Outcome};
 use crate::error::{ErrorKind, Result};
-use crate::manifest::{self, Checkpoint, Image, Manifest, Published, part_key};
+use crate::manifest::{self, Checkpoint, Image, Manifest, NO_ATTACHMENT, Published, part_key};
 use crate::map::BaseImage;
 use crate::map::checkpoint::{Ident, encode_full};
 use crate::store::Precondition;
-use crate::units::{Epoch, GroupNo};
+use crate::units::GroupNo;
 use crate::volume::background::checkpoint::{PART_BYTES, put_parts};
 use crate::volume::recover::StoreEnd;
-
-/// The epoch in the keys of a rebuild's checkpoint.
-pub(super) const NO_ATTACHMENT: Epoch = Epoch(0);
 
 impl Job<'_> {
     /// Parts, then the damaged manifest under another key, then the manifest.
