@@ -13,6 +13,7 @@
 //! - [`host`]: the threads of an attached volume.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
+//! - [`import`]: a new volume from an image; [`export`]: a volume, or any base map, written to one.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
@@ -25,8 +26,10 @@ pub mod attach;
 pub mod background;
 pub mod damage;
 pub mod engine;
+pub mod export;
 pub mod host;
 mod images;
+pub mod import;
 pub mod lane;
 pub mod rebuild;
 pub mod recover;
