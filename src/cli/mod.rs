@@ -11,7 +11,9 @@ mod control;
 mod daemonize;
 mod del;
 mod engine;
+mod export;
 mod features;
+mod import;
 mod layers;
 mod list;
 mod nbd;
@@ -84,6 +86,8 @@ fn run(cli: &Cli) -> Result<()> {
         Command::List(json) => list::list(&run_dir, json.json),
         Command::Status(args) => list::status(&run_dir, args.volume.as_ref(), args.json.json),
         Command::Volume(command) => volume::run(&settings, command),
+        Command::Import(args) => import::run(&settings, args),
+        Command::Export(args) => export::run(&settings, args),
         Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),
     }
 }
