@@ -209,15 +209,15 @@ pub(super) fn export(
     told: &mut dyn FnMut(Exporting),
 ) -> Result<Exported> {
     with_shared(Policy::long_run(), url, opts, async |s| {
-        let manifest = export::detached(&**s, name).await?;
-        let base = export::Base::of(s, &manifest).await?;
-        let mut out = Output::begin(target, base.size_bytes()).await?;
-        let written = std::pin::pin!(async {
+        let done = std::pin::pin!(async {
+            let manifest = export::detached(&**s, name).await?;
+            let base = export::Base::of(s, &manifest).await?;
+            let mut out = Output::begin(target, base.size_bytes()).await?;
             let exported = export::export(&base, &mut *out.sink, told).await?;
             out.finish().await?;
             Ok(exported)
         });
-        match select(written, std::pin::pin!(stop)).await {
+        match select(done, std::pin::pin!(stop)).await {
             Either::Left((done, _)) => done,
             Either::Right(_) => Err(Error::new(ErrorKind::Interrupted, "the export was stopped")),
         }

@@ -127,6 +127,8 @@ fn start_logging(global: &Global, serves: bool) {
         (_, 1, _) => "vb_ublk=debug,info",
         _ => "vb_ublk=trace,debug",
     };
+    // What the library for qcow2 images has to say comes back as an error; of an image that is given up it complains for no reason.
+    let level = &format!("{level},imago=off");
     let filter = match std::env::var("RUST_LOG") {
         Ok(asked) if !asked.is_empty() => EnvFilter::try_new(&asked).unwrap_or_else(|e| {
             complain(&format!("RUST_LOG is {asked:?}, which makes no sense ({e}): logging as without it"));

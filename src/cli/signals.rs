@@ -29,7 +29,8 @@ impl Signals {
             .map_err(|e| Error::io("taking signals from a signalfd", e.into()))
     }
 
-    /// Starts the thread that takes them, and is there when the first one has come. `instead` as for [`Self::heed`].
+    /// Starts the thread that takes them, and is there when the first one has come. A second one ends the process: whoever cleans up
+    /// may wait for a store that is away. `instead` as for [`Self::heed`].
     ///
     /// # Errors
     /// As for [`Self::heed`].
@@ -37,8 +38,12 @@ impl Signals {
         let (tell, told) = oneshot::channel();
         let mut tell = Some(tell);
         self.heed(instead, move |_| {
-            // Only the first one counts, and only while somebody waits for it.
-            let _ = tell.take().map(|t| t.send(()));
+            let Some(first) = tell.take() else {
+                super::complain("stopped at once: what was written or uploaded so far is left as it is");
+                std::process::exit(1);
+            };
+            // Nobody waits for it any more: the command is about to end by itself.
+            let _ = first.send(());
         })?;
         Ok(async move {
             if told.await.is_err() {

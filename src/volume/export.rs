@@ -43,7 +43,7 @@ impl Base {
         let map = load_images(&**store, &prefix, m).await?.current;
         let keys = Keys::default();
         keys.set_own(&prefix, &m.history);
-        Ok(Self { map, reader: ChunkReader::new(Arc::clone(store), Arc::new(keys)) })
+        Ok(Self { map, reader: ChunkReader::new(Arc::clone(store), Arc::new(keys)).without_log() })
     }
 
     /// Its size in bytes.

@@ -104,8 +104,11 @@ pub async fn import(
     };
     // A pipe's size shows at its end; the block size may be wrong all the same.
     manifest::check_size(size.unwrap_or(BLOCK as u64), opts.logical_block)?;
-    nothing_there(store, name).await?;
     let stop = stop.shared();
+    match select(pin!(nothing_there(store, name)), stop.clone()).await {
+        Either::Left((looked, _)) => looked?,
+        Either::Right(_) => return Err(interrupted()),
+    }
     let mut manifest = Manifest::new(name, size.unwrap_or(MAX_VOLUME_BYTES), opts.logical_block, opts.now_unix);
     let job =
         Job { store, prefix: manifest::prefix(name), nonce: opts.nonce, started: Cell::new(0), parts: Cell::new(0) };
@@ -251,6 +254,10 @@ impl<'a> Packer<'a> {
     async fn seek(&mut self) -> Result<bool> {
         let from = self.next * BLOCK as u64;
         let Some((start, end)) = self.source.next_data(from).await? else { return Ok(false) };
+        if start < from || end <= start {
+            let what = format!("the image has data at bytes {start} to {end}, asked for those from {from}");
+            return Err(Error::new(ErrorKind::Internal, what));
+        }
         if end > self.size {
             return Err(too_small(self.size, end));
         }
@@ -258,7 +265,7 @@ impl<'a> Packer<'a> {
         self.next = self.next.max(start / BLOCK as u64);
         self.window = end.div_ceil(BLOCK as u64);
         self.end = self.end.max(end);
-        Ok(self.window > self.next)
+        Ok(true)
     }
 
     /// The next chunk; `None` at the image's end.

@@ -20,6 +20,7 @@
 //! | 100 | 4 | version 3: length of the header; extensions follow (type, length, data padded to 8 bytes) |
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -84,7 +85,8 @@ fn at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
 /// `Corrupt`, `Unsupported`; `Io`.
 pub(super) fn check(file: &File, what: &str) -> Result<Head> {
     let reading = || format!("reading {what}");
-    let length = file.metadata().context(reading)?.len();
+    // A block device has no length in its metadata.
+    let length = (&mut &*file).seek(SeekFrom::End(0)).context(reading)?;
     let mut first = vec![0; length.min(MAX_CLUSTER) as usize];
     file.read_exact_at(&mut first, 0).context(reading)?;
     let head = parse(&first, what)?;
