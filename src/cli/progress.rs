@@ -40,6 +40,10 @@ impl Progress {
     }
 }
 
+/// Of something whose end is not known.
+const WITHOUT_END: &str = "{msg}: {binary_bytes}, {binary_bytes_per_sec}";
+const WITH_END: &str = "{msg}: [{wide_bar}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+
 /// The same with bytes, rate and the time that is left.
 pub(super) struct Bar {
     bar: ProgressBar,
@@ -51,7 +55,7 @@ impl Bar {
     pub(super) fn new(wanted: bool, what: &str) -> Self {
         let target = if wanted { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(None, target).with_message(what.to_owned());
-        style(&bar, "{msg}: {binary_bytes}, {binary_bytes_per_sec}");
+        style(&bar, WITHOUT_END);
         Self { bar, of: None }
     }
 
@@ -62,10 +66,7 @@ impl Bar {
         {
             self.of = Some(of);
             self.bar.set_length(of);
-            style(
-                &self.bar,
-                "{msg}: [{wide_bar}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left",
-            );
+            style(&self.bar, WITH_END);
         }
         self.bar.set_position(bytes);
     }
@@ -79,5 +80,17 @@ fn style(bar: &ProgressBar, template: &str) {
     // One that makes no sense would be found by the test; without it there is the library's own.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bars_make_sense() {
+        for template in [WITHOUT_END, WITH_END] {
+            ProgressStyle::with_template(template).expect(template);
+        }
     }
 }
