@@ -38,6 +38,8 @@ pub enum ErrorKind {
     Fenced,
     /// A local read, write or sync failed.
     Io,
+    /// Somebody asked to stop.
+    Interrupted,
     /// A fault in this program.
     Internal,
 }

@@ -1,7 +1,8 @@
 //! vb-ublk: a block device whose data lives in an object store.
 //!
 //! The map of the house, from the outside in; knowledge flows downwards only:
-//! `cli → frontend → volume → wal, map, chunk, cache, manifest → disk, store → units, error, config`.
+//! `cli → frontend → volume → wal, map, chunk, cache, manifest → disk, store → units, error, config`. Beside them
+//! [`image`]: what a volume is imported from and exported to.
 //! `docs/ARCHITECTURE.md` follows a write through these rooms.
 
 pub mod checksum;

@@ -109,7 +109,9 @@ fn bad_usage_is_one_line_and_code_2() {
 fn help_and_version_go_to_stdout() {
     let b = Bench::new();
     assert!(b.ok(&["--version"]).starts_with("vb-ublk "));
-    for command in ["add", "nbd", "del", "list", "status", "features", "volume", "wal", "completions", "man"] {
+    for command in
+        ["add", "nbd", "del", "list", "status", "features", "volume", "import", "export", "wal", "completions", "man"]
+    {
         assert!(b.ok(&["--help"]).contains(command));
         assert!(b.ok(&[command, "--help"]).contains("--store"), "{command}");
     }

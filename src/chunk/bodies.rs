@@ -17,16 +17,31 @@ use crate::units::BLOCK;
 const FULL: usize = HEADER_ROOM + MAX_BLOCKS * BLOCK;
 /// Smaller bodies are made for the occasion.
 const WORTH_KEEPING: usize = FULL / 2;
-/// Free buffers that are kept: those of a group.
+/// Free buffers that are kept unless somebody says otherwise: those of a group.
 const KEPT: usize = 9;
 
 /// A pool of chunk-sized buffers; clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct Bodies(Arc<Mutex<Vec<IoBuf>>>);
+#[derive(Debug, Clone)]
+pub struct Bodies {
+    free: Arc<Mutex<Vec<IoBuf>>>,
+    kept: usize,
+}
+
+impl Default for Bodies {
+    fn default() -> Self {
+        Self::keeping(KEPT)
+    }
+}
 
 impl Bodies {
+    /// A pool that keeps so many free buffers.
+    #[must_use]
+    pub fn keeping(kept: usize) -> Self {
+        Self { free: Arc::default(), kept }
+    }
+
     fn free(&self) -> MutexGuard<'_, Vec<IoBuf>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Room for a chunk of `len` bytes, which are to be filled, all of them.
@@ -73,7 +88,7 @@ impl Drop for Body {
     fn drop(&mut self) {
         if let Some((buf, pool)) = self.home.take() {
             let mut free = pool.free();
-            if free.len() < KEPT {
+            if free.len() < pool.kept {
                 free.push(buf);
             }
         }

@@ -79,13 +79,21 @@ pub struct ChunkReader {
     store: Arc<dyn Store>,
     keys: Arc<Keys>,
     headers: Arc<Mutex<Headers>>,
+    /// Whether damage is told in the log, where the caller's own is but an I/O error.
+    logs: bool,
 }
 
 impl ChunkReader {
     /// A reader; clones share the headers.
     #[must_use]
     pub fn new(store: Arc<dyn Store>, keys: Arc<Keys>) -> Self {
-        Self { store, keys, headers: Arc::default() }
+        Self { store, keys, headers: Arc::default(), logs: true }
+    }
+
+    /// For a caller that tells of damage itself.
+    #[must_use]
+    pub fn without_log(self) -> Self {
+        Self { logs: false, ..self }
     }
 
     /// The same headers and keys over another client of the same store.
@@ -174,10 +182,12 @@ impl ChunkReader {
                 Some(WHOLE) => {}
                 Some(good) => bad.push((i, good)),
                 None => {
-                    tracing::error!(
-                        "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
-                        volume_block.0 * BLOCK as u64
-                    );
+                    if self.logs {
+                        tracing::error!(
+                            "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
+                            volume_block.0 * BLOCK as u64
+                        );
+                    }
                     bad.push((i, 0));
                 }
             }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
+use super::engine::Format;
 use crate::config::{ByteSize, VolumeName};
 
 /// A block device whose data lives in an object store.
@@ -94,6 +95,14 @@ pub(crate) enum Command {
     Snapshot(SnapshotCommand),
     /// Make a volume that begins as a snapshot of another one; at once, whatever its size
     Clone(CloneArgs),
+    /// Make a new volume from a disk image: a file, a block device or a pipe
+    ///
+    /// Zeros are not stored. The volume is there when all of the image is in the store, and not before.
+    Import(Box<ImportArgs>),
+    /// Write a volume that is not attached to a disk image
+    ///
+    /// Every block is checked. A file is there under its name when it is whole, and not before.
+    Export(ExportArgs),
     /// Write-ahead logs that no process has: left by a dead daemon, set aside, or damaged
     #[command(subcommand)]
     Wal(WalCommand),
@@ -435,6 +444,51 @@ pub(crate) struct RebuildArgs {
     /// The block device that is its write-ahead log [default: as for `add`]
     #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with = "wal_dir")]
     pub(crate) wal_device: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// The image; - is standard input
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// The volume to make [default: the metadata's ImageID, else its VolumeID]
+    #[arg(long, required_unless_present = "metadata")]
+    pub(crate) volume: Option<VolumeName>,
+    /// What the image is: raw or qcow2 [default: as a file begins; a device or a pipe is raw]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<Format>,
+    /// A JSON file to keep with the volume: {"VolumeMetadata": {"VolumeID": ...}, "AMIMetadata": {"ImageID": ...}}
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) metadata: Option<PathBuf>,
+    /// The volume's size, as in 10G, if it is to be larger than the image [default: the image's, in steps of 4K]
+    #[arg(long)]
+    pub(crate) size: Option<ByteSize>,
+    /// The volume's logical block size
+    #[arg(long, value_name = "BYTES", value_parser = logical_block, default_value = "512")]
+    pub(crate) logical_block_size: u32,
+    /// Open backing files that a qcow2 image names also in this folder and below it, not only beside the image. May be given
+    /// several times
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// The volume
+    pub(crate) volume: VolumeName,
+    /// The image to write: a file, a block device, or - for standard output
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// What to write: raw or qcow2
+    #[arg(long, value_name = "FORMAT", default_value = "raw")]
+    pub(crate) format: Format,
+    /// Replace a file that is there; write over a block device
+    #[arg(long)]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use futures_util::future::{Either, select};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -14,6 +15,7 @@ use crate::disk::file::DataFile;
 use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
+use crate::image::{self, Output};
 use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
@@ -21,15 +23,18 @@ use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
+use crate::volume::{Command, Volume, admin, export, import, rebuild, resize, snapshots, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
+pub(super) use crate::image::{Backing, Format, Target};
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
+pub(super) use crate::volume::export::{Exported, Progress as Exporting};
 pub(super) use crate::volume::host::AttachOptions;
+pub(super) use crate::volume::import::{Imported, Progress as Importing};
 pub(super) use crate::volume::rebuild::{LogFate, ManifestState, MapFrom, Progress as Rebuilding, Report as Rebuilt};
 pub(super) use crate::volume::verify::Progress;
 pub(super) use crate::wal::codec::{LogPos, RecordKind};
@@ -47,6 +52,15 @@ fn with_policy<T>(
     opts: &StoreOptions,
     f: impl AsyncFnOnce(&dyn Store) -> Result<T>,
 ) -> Result<T> {
+    with_shared(policy, url, opts, async |s| f(&**s).await)
+}
+
+fn with_shared<T>(
+    policy: Policy,
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    f: impl AsyncFnOnce(&Arc<dyn Store>) -> Result<T>,
+) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -54,7 +68,7 @@ fn with_policy<T>(
     runtime.block_on(async {
         let store = store::open(url, opts).await.context(|| format!("opening the store {url}"))?;
         let store: Arc<dyn Store> = Arc::new(Retry::new(store, policy));
-        f(&*store).await
+        f(&store).await
     })
 }
 
@@ -216,6 +230,61 @@ pub(super) fn rebuild(
     let how =
         rebuild::Options { force, accept_loss, dry_run, size_bytes, logical_block, writer: who(), nonce, now_unix };
     with_policy(Policy::long_run(), url, opts, async |s| rebuild::rebuild(s, name, &how, local.as_ref(), told).await)
+}
+
+/// A disk image to be made a volume.
+pub(super) struct ImportOptions {
+    pub(super) file: PathBuf,
+    pub(super) format: Option<Format>,
+    pub(super) backing: Backing,
+    pub(super) size_bytes: Option<u64>,
+    pub(super) logical_block: u32,
+    pub(super) metadata: serde_json::Map<String, Value>,
+}
+
+/// Makes a new volume from an image. `stop` ends it.
+pub(super) fn import(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    name: &str,
+    how: ImportOptions,
+    stop: impl Future<Output = ()>,
+    told: &mut dyn FnMut(Importing),
+) -> Result<Imported> {
+    let ImportOptions { file, format, backing, size_bytes, logical_block, metadata } = how;
+    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
+    let opts = StoreOptions { create: true, ..opts.clone() };
+    with_policy(Policy::long_run(), url, &opts, async |s| {
+        let mut source = image::open(&file, format, &backing).await?;
+        let how = import::Options { size_bytes, logical_block, metadata, nonce, now_unix: now_unix() };
+        import::import(s, name, &mut *source, &how, stop, told).await
+    })
+}
+
+/// Writes a volume that nobody has attached to an image. `stop` ends it.
+pub(super) fn export(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    name: &str,
+    target: &Target,
+    stop: impl Future<Output = ()>,
+    told: &mut dyn FnMut(Exporting),
+) -> Result<Exported> {
+    with_shared(Policy::long_run(), url, opts, async |s| {
+        let done = std::pin::pin!(async {
+            let manifest = export::settled(&**s, name).await?;
+            let base = export::Base::of(s, &manifest).await?;
+            let mut out = Output::begin(target, base.size_bytes()).await?;
+            let exported = export::export(&base, &mut *out.sink, told).await?;
+            out.finish().await?;
+            Ok(exported)
+        });
+        match select(done, std::pin::pin!(stop)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => Err(Error::new(ErrorKind::Interrupted, "the export was stopped")),
+        }
+        .map_err(|e| e.context(format!("exporting volume {name} to {}", target.path.display())))
+    })
 }
 
 /// An attached volume.

@@ -11,7 +11,9 @@ mod control;
 mod daemonize;
 mod del;
 mod engine;
+mod export;
 mod features;
+mod import;
 mod jobs;
 mod layers;
 mod list;
@@ -88,6 +90,8 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Volume(command) => volume::run(&settings, command),
         Command::Snapshot(command) => snapshot::run(&settings, command),
         Command::Clone(args) => snapshot::clone(&settings, args),
+        Command::Import(args) => import::run(&settings, args),
+        Command::Export(args) => export::run(&settings, args),
         Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),
     }
 }
@@ -127,6 +131,8 @@ fn start_logging(global: &Global, serves: bool) {
         (_, 1, _) => "vb_ublk=debug,info",
         _ => "vb_ublk=trace,debug",
     };
+    // What the library for qcow2 images has to say comes back as an error; of an image that is given up it complains for no reason.
+    let level = &format!("{level},imago=off");
     let filter = match std::env::var("RUST_LOG") {
         Ok(asked) if !asked.is_empty() => EnvFilter::try_new(&asked).unwrap_or_else(|e| {
             complain(&format!("RUST_LOG is {asked:?}, which makes no sense ({e}): logging as without it"));

@@ -6,6 +6,7 @@
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tokio::sync::oneshot;
 
 use crate::error::{Context, Error, Result};
 
@@ -26,6 +27,30 @@ impl Signals {
             .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC))
             .map(Self)
             .map_err(|e| Error::io("taking signals from a signalfd", e.into()))
+    }
+
+    /// Starts the thread that takes them, and is there when the first one has come. A second one ends the process: whoever cleans up
+    /// may wait for a store that is away. `instead` as for [`Self::heed`].
+    ///
+    /// # Errors
+    /// As for [`Self::heed`].
+    pub(super) fn first(self, instead: &'static str) -> Result<impl Future<Output = ()> + use<>> {
+        let (tell, told) = oneshot::channel();
+        let mut tell = Some(tell);
+        self.heed(instead, move |_| {
+            let Some(first) = tell.take() else {
+                super::complain("stopped at once: what was written or uploaded so far is left as it is");
+                std::process::exit(1);
+            };
+            // Nobody waits for it any more: the command is about to end by itself.
+            let _ = first.send(());
+        })?;
+        Ok(async move {
+            if told.await.is_err() {
+                // No signal can come any more.
+                std::future::pending().await
+            }
+        })
     }
 
     /// Starts the thread that calls `heed` with each, for as long as the process lives. `instead` is how to stop the

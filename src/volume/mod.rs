@@ -15,6 +15,7 @@
 //! - [`resize`]: a volume made larger or smaller.
 //! - [`snapshots`]: snapshots and clones; `fixed`: a snapshot that is served.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
+//! - [`import`]: a new volume from an image; [`export`]: a volume, or any base map, written to one.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
@@ -28,8 +29,10 @@ pub mod background;
 pub mod damage;
 pub mod engine;
 mod fixed;
+pub mod export;
 pub mod host;
 mod images;
+pub mod import;
 pub mod lane;
 pub mod rebuild;
 pub mod recover;
