@@ -210,7 +210,7 @@ fn snapshot(r: Raw) -> Result<SnapshotConfig> {
 }
 
 fn volume(r: Raw) -> Result<VolumeConfig> {
-    let gib = |n: u64| n.checked_mul(1 << 30).unwrap_or(u64::MAX);
+    let gib = |n: u64| n.saturating_mul(1 << 30);
     let (meta, ami) = (r.volume_config.volume_metadata, r.volume_config.ami_metadata);
     // An AMI may have its size in the AMI's metadata alone.
     let size_bytes = match r.volume_size.max(gib(meta.size_gib)) {
