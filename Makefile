@@ -23,7 +23,7 @@ KERNEL ?=
 TESTS ?=
 SOAK ?=
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= nbd_handshake nbd_session formats
+FUZZ_TARGETS ?= nbd_handshake nbd_session formats viperblock
 DENY = "$${VB_CACHE:-target/guest}/cargo-deny-root/bin/cargo-deny"
 
 setup:

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
-use super::engine::Format;
+use super::engine::images::Format;
 use crate::config::{ByteSize, VolumeName};
 
 /// A block device whose data lives in an object store.
@@ -451,11 +451,25 @@ pub(crate) struct RebuildArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     /// The image; - is standard input
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub(crate) file: PathBuf,
+    #[arg(value_hint = ValueHint::FilePath, required_unless_present = "viperblock")]
+    pub(crate) file: Option<PathBuf>,
     /// The volume to make [default: the metadata's ImageID, else its VolumeID]
-    #[arg(long, required_unless_present = "metadata")]
+    #[arg(long, required_unless_present_any = ["metadata", "viperblock"])]
     pub(crate) volume: Option<VolumeName>,
+    /// Import this volume, AMI or snapshot of Viperblock's, instead of an image
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["file", "format", "allow_backing"])]
+    pub(crate) viperblock: Option<String>,
+    /// The bucket or folder that it is in [default: the store that the new volume goes to]
+    #[arg(long, value_name = "URL", requires = "viperblock")]
+    pub(crate) from: Option<String>,
+    /// Where the logs are that the last host left which had it: Viperblock's base folder there. Without them, what had not been
+    /// uploaded is not in the new volume
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, requires = "viperblock")]
+    pub(crate) viperblock_wal: Option<PathBuf>,
+    /// Go without what is damaged in Viperblock's logs, without a map that is missing, and without fields of its configuration
+    /// that are not known
+    #[arg(long, requires = "viperblock")]
+    pub(crate) accept_loss: bool,
     /// What the image is: raw or qcow2 [default: as a file begins; a device or a pipe is raw]
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<Format>,

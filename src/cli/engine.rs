@@ -1,12 +1,13 @@
-//! Every call that the command line makes into the volume engine and the ublk frontend, in one place.
+//! Every call that the command line makes into the volume engine and the ublk frontend, in one place; those for images are in [`images`].
+
+pub(super) mod images;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use futures_util::future::{Either, select};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -15,7 +16,6 @@ use crate::disk::file::DataFile;
 use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
-use crate::image::{self, Output};
 use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
@@ -23,18 +23,15 @@ use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
-use crate::volume::{Command, Volume, admin, export, import, rebuild, resize, snapshots, verify};
+use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
 use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
-pub(super) use crate::image::{Backing, Format, Target};
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
-pub(super) use crate::volume::export::{Exported, Progress as Exporting};
 pub(super) use crate::volume::host::AttachOptions;
-pub(super) use crate::volume::import::{Imported, Progress as Importing};
 pub(super) use crate::volume::rebuild::{LogFate, ManifestState, MapFrom, Progress as Rebuilding, Report as Rebuilt};
 pub(super) use crate::volume::verify::Progress;
 pub(super) use crate::wal::codec::{LogPos, RecordKind};
@@ -230,61 +227,6 @@ pub(super) fn rebuild(
     let how =
         rebuild::Options { force, accept_loss, dry_run, size_bytes, logical_block, writer: who(), nonce, now_unix };
     with_policy(Policy::long_run(), url, opts, async |s| rebuild::rebuild(s, name, &how, local.as_ref(), told).await)
-}
-
-/// A disk image to be made a volume.
-pub(super) struct ImportOptions {
-    pub(super) file: PathBuf,
-    pub(super) format: Option<Format>,
-    pub(super) backing: Backing,
-    pub(super) size_bytes: Option<u64>,
-    pub(super) logical_block: u32,
-    pub(super) metadata: serde_json::Map<String, Value>,
-}
-
-/// Makes a new volume from an image. `stop` ends it.
-pub(super) fn import(
-    url: &StoreUrl,
-    opts: &StoreOptions,
-    name: &str,
-    how: ImportOptions,
-    stop: impl Future<Output = ()>,
-    told: &mut dyn FnMut(Importing),
-) -> Result<Imported> {
-    let ImportOptions { file, format, backing, size_bytes, logical_block, metadata } = how;
-    let nonce = Nonce::draw().context(|| "drawing a nonce")?;
-    let opts = StoreOptions { create: true, ..opts.clone() };
-    with_policy(Policy::long_run(), url, &opts, async |s| {
-        let mut source = image::open(&file, format, &backing).await?;
-        let how = import::Options { size_bytes, logical_block, metadata, nonce, now_unix: now_unix() };
-        import::import(s, name, &mut *source, &how, stop, told).await
-    })
-}
-
-/// Writes a volume that nobody has attached to an image. `stop` ends it.
-pub(super) fn export(
-    url: &StoreUrl,
-    opts: &StoreOptions,
-    name: &str,
-    target: &Target,
-    stop: impl Future<Output = ()>,
-    told: &mut dyn FnMut(Exporting),
-) -> Result<Exported> {
-    with_shared(Policy::long_run(), url, opts, async |s| {
-        let done = std::pin::pin!(async {
-            let manifest = export::settled(&**s, name).await?;
-            let base = export::Base::of(s, &manifest).await?;
-            let mut out = Output::begin(target, base.size_bytes()).await?;
-            let exported = export::export(&base, &mut *out.sink, told).await?;
-            out.finish().await?;
-            Ok(exported)
-        });
-        match select(done, std::pin::pin!(stop)).await {
-            Either::Left((done, _)) => done,
-            Either::Right(_) => Err(Error::new(ErrorKind::Interrupted, "the export was stopped")),
-        }
-        .map_err(|e| e.context(format!("exporting volume {name} to {}", target.path.display())))
-    })
 }
 
 /// An attached volume.

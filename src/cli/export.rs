@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::args::ExportArgs;
-use super::engine::{self, Target};
+use super::engine::images::{self as engine, Target};
 use super::output::{print, print_json};
 use super::progress::Bar;
 use super::settings::Settings;

@@ -6,13 +6,14 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::args::ImportArgs;
-use super::engine::{self, Backing, ImportOptions, Imported};
+use super::engine::images::{self as engine, Backing, From, ImportOptions, Imported};
 use super::output::{print, print_json};
 use super::progress::Bar;
 use super::settings::Settings;
 use super::signals::Signals;
 use crate::config::VolumeName;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::StoreUrl;
 use crate::units::human_bytes;
 
 /// More than this is no metadata.
@@ -20,29 +21,52 @@ const MAX_METADATA: u64 = 1 << 20;
 
 pub(super) fn run(settings: &Settings, args: &ImportArgs) -> Result<()> {
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
-    let volume = match (&args.volume, &metadata) {
-        (Some(name), _) => name.clone(),
-        (None, Some(m)) => {
-            let file = args.metadata.as_deref().unwrap_or(Path::new("the metadata"));
-            name_of(m).map_err(|e| e.context(format!("naming the volume after {}", file.display())))?
-        }
-        (None, None) => return Err(Error::new(ErrorKind::Usage, "no volume is named: add --volume, or --metadata")),
+    let name = |of_image: &Map<String, Value>| -> Result<String> {
+        let of_file = args.metadata.as_deref().zip(metadata.as_ref());
+        let named = match (&args.volume, of_file) {
+            (Some(name), _) => Ok(name.clone()),
+            (None, Some((file, m))) => {
+                name_of(m).map_err(|e| e.context(format!("naming the volume after {}", file.display())))
+            }
+            (None, None) => {
+                name_of(of_image).map_err(|e| e.context("naming the volume after what it is imported from"))
+            }
+        };
+        named.map(|n| n.to_string())
     };
+    let (from, what) = source(settings, args)?;
     let how = ImportOptions {
-        file: args.file.clone(),
-        format: args.format,
-        backing: Backing { allowed: args.allow_backing.clone() },
+        from,
         size_bytes: args.size.map(super::add::check_size).transpose()?,
         logical_block: args.logical_block_size,
-        metadata: metadata.unwrap_or_default(),
+        metadata: metadata.clone().unwrap_or_default(),
     };
     let stop = Signals::block()?.first("kill -9")?;
-    let mut bar = Bar::new(!args.json.json, &format!("importing {volume}"));
+    let mut bar = Bar::new(!args.json.json, &format!("importing {what}"));
     let told = &mut |p: engine::Importing| bar.at(p.bytes, p.of);
-    let done = engine::import(&settings.store, &settings.store_options, volume.as_str(), how, stop, told);
+    let done = engine::import(&settings.store, &settings.store_options, name, how, stop, told);
     bar.clear();
-    let done = done.map_err(|e| e.context(format!("importing {}", args.file.display())))?;
-    if args.json.json { print_json(&engine::json(&done)?) } else { print(&text(&done)) }
+    let done = done.map_err(|e| e.context(format!("importing {what}")))?;
+    if args.json.json { print_json(&super::engine::json(&done)?) } else { print(&text(&done)) }
+}
+
+/// What is imported, and its name for people.
+fn source(settings: &Settings, args: &ImportArgs) -> Result<(From, String)> {
+    if let Some(volume) = &args.viperblock {
+        let store: StoreUrl = match &args.from {
+            Some(url) => url.parse()?,
+            None => settings.store.clone(),
+        };
+        let what = format!("{volume} of Viperblock's in {store}");
+        let (volume, wal_dir, accept_loss) = (volume.clone(), args.viperblock_wal.clone(), args.accept_loss);
+        return Ok((From::Viperblock { volume, store, wal_dir, accept_loss }, what));
+    }
+    let Some(file) = args.file.clone() else {
+        return Err(Error::new(ErrorKind::Usage, "there is nothing to import: name an image, or --viperblock"));
+    };
+    let what = file.display().to_string();
+    let backing = Backing { allowed: args.allow_backing.clone() };
+    Ok((From::Image { file, format: args.format, backing }, what))
 }
 
 fn text(i: &Imported) -> String {

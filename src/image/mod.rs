@@ -11,6 +11,7 @@ mod out;
 mod qcow2;
 mod raw;
 mod source;
+pub mod viperblock;
 
 use std::fmt;
 use std::fs::File;
