@@ -74,6 +74,29 @@ fn many_lives_keep_the_crash_rule() {
     }
 }
 
+/// A log that is written over several times in each life: what is still needed must not be, and what says that it is not
+/// needed must be durable first.
+#[test]
+fn a_small_log_turns_over() {
+    let mut all = world::Seen::default();
+    for seed in seeds(20) {
+        let _named = Named(seed);
+        let world = World::tight(seed);
+        let load = Load { lanes: 2, workers: 8, requests: 150, breaks: false };
+        for _ in 0..4 {
+            world.life(load, 1 + world.draw(6000));
+            world.crash(if world.draw(3) == 0 { Crash::Process } else { Crash::Power });
+        }
+        world.life(Load { requests: 4, ..load }, u64::MAX);
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        assert!(all.judged > 80 && all.groups > 1000 && all.resumed > 30, "{all:?}");
+    }
+}
+
 #[test]
 fn a_crash_at_every_operation() {
     for how in [Crash::Process, Crash::Power] {

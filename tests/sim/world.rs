@@ -32,7 +32,12 @@ use crate::support_rng::Rng;
 /// Small: what is written meets what was written.
 const SECTORS: u64 = 256;
 const GEOMETRY: Geometry = Geometry { segment_bytes: 1 << 20, max_segments: 4 };
-const LOG_BYTES: u64 = SLOTS_START + 4 * (1 << 20);
+/// So little that a life writes over all of it several times.
+const TIGHT: Geometry = Geometry { segment_bytes: 1 << 20, max_segments: 2 };
+
+const fn log_bytes(g: Geometry) -> u64 {
+    SLOTS_START + g.segment_bytes as u64 * g.max_segments as u64
+}
 
 type Outcome<T> = std::result::Result<T, IoFault>;
 type Lane = VolumeLane<SimDisk, SimClock>;
@@ -107,6 +112,7 @@ struct Shared {
 pub(crate) struct World {
     shared: Rc<Shared>,
     disk: RefCell<SimDisk>,
+    geometry: Geometry,
     store: SimStore,
     /// The simulated disk has the data; this one the name, the size and the lock.
     file: RefCell<Arc<DataFile>>,
@@ -267,6 +273,15 @@ async fn stamps(lane: &Lane, lba: u64, sectors: u64) -> Outcome<Vec<u64>> {
 
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
+        Self::with(seed, GEOMETRY)
+    }
+
+    /// One whose log turns over.
+    pub(crate) fn tight(seed: u64) -> Self {
+        Self::with(seed, TIGHT)
+    }
+
+    fn with(seed: u64, geometry: Geometry) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("dir");
         let mut rng = Rng(seed);
         // Every third world has a store that gives no trouble.
@@ -286,9 +301,10 @@ impl World {
         };
         Self {
             shared: Rc::new(shared),
-            disk: RefCell::new(SimDisk::new(vec![0; LOG_BYTES as usize])),
+            disk: RefCell::new(SimDisk::new(vec![0; log_bytes(geometry) as usize])),
+            geometry,
             store,
-            file: RefCell::new(log_file(&dir, 0)),
+            file: RefCell::new(log_file(&dir, 0, geometry)),
             dir,
             hosts: Cell::new(0),
             after: Cell::new(None),
@@ -335,14 +351,15 @@ impl World {
     fn new_host(&self) {
         self.hosts.set(self.hosts.get() + 1);
         self.served.set(false);
-        *self.disk.borrow_mut() = SimDisk::new(vec![0; LOG_BYTES as usize]);
-        *self.file.borrow_mut() = log_file(&self.dir, self.hosts.get());
+        *self.disk.borrow_mut() = SimDisk::new(vec![0; log_bytes(self.geometry) as usize]);
+        *self.file.borrow_mut() = log_file(&self.dir, self.hosts.get(), self.geometry);
         self.after.set(Some(After::Store));
     }
 
     /// The present host's next life.
     fn next_life(&self, load: Load, clock: &SimClock, spawner: &Spawner) -> Life {
         Life {
+            geometry: self.geometry,
             me: self.hosts.get(),
             shared: self.shared.clone(),
             disk: self.disk.borrow().clone(),
@@ -415,14 +432,15 @@ impl World {
 }
 
 /// The real file beside a simulated disk.
-fn log_file(dir: &TempDir, host: u32) -> Arc<DataFile> {
+fn log_file(dir: &TempDir, host: u32, geometry: Geometry) -> Arc<DataFile> {
     let path = dir.path().join(format!("{host}.wal"));
-    std::fs::File::create(&path).and_then(|f| f.set_len(LOG_BYTES)).expect("a file");
+    std::fs::File::create(&path).and_then(|f| f.set_len(log_bytes(geometry))).expect("a file");
     Arc::new(DataFile::open(&path, false).expect("the log's file"))
 }
 
 /// What a life needs.
 struct Life {
+    geometry: Geometry,
     me: u32,
     shared: Rc<Shared>,
     disk: SimDisk,
@@ -462,13 +480,13 @@ impl Life {
     }
 
     async fn try_attach(&self) -> Result<Attached<SimDisk, SimClock>> {
-        let superblock = SuperblockFile::load(&self.disk, LOG_BYTES).await?;
+        let superblock = SuperblockFile::load(&self.disk, log_bytes(self.geometry)).await?;
         let mut salts = Rng(self.shared.rng.borrow_mut().next());
         let log = OpenLog {
             file: self.file.clone(),
             disk: self.disk.clone(),
             superblock,
-            geometry: GEOMETRY,
+            geometry: self.geometry,
             salt: Box::new(move || salts.next()),
         };
         let request = Request {
