@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Checkpoint, EpochEntry, Image, Manifest, check_name, owner, prefix};
+use super::{Checkpoint, EpochEntry, Image, Manifest, check_name, check_size, owner, prefix};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::MAX_SOURCE;
 use crate::units::{ChunkNo, Epoch, Nonce};
@@ -172,10 +172,9 @@ impl Manifest {
             return Err(Error::new(
                 ErrorKind::Full,
                 format!(
-                    "volume {:?} is a clone of a clone, {} deep, and no map can name more: flatten it first (`vb-ublk volume flatten {}`)",
+                    "volume {:?} is a clone of a clone, {} deep, and no map can name more: export it and import that, for a volume of its own",
                     self.name,
-                    self.parents.len(),
-                    self.name
+                    self.parents.len()
                 ),
             ));
         }
@@ -192,6 +191,17 @@ impl Manifest {
     pub(super) fn check_lineage(&self) -> std::result::Result<(), &'static str> {
         if self.parents.len() > usize::from(MAX_SOURCE) {
             return Err("it has too many parents");
+        }
+        if self.parents.iter().any(|p| check_name(&p.name).is_err())
+            || self.snapshots.iter().any(|s| check_name(&s.name).is_err())
+        {
+            return Err("a name in it cannot be one");
+        }
+        if self.snapshots.iter().any(|s| check_size(s.size_bytes, self.logical_block).is_err()) {
+            return Err("a snapshot's size is impossible");
+        }
+        if self.checkpoints().any(|c| c.full.parts.is_empty() || c.number() == u64::MAX) {
+            return Err("a checkpoint is impossible");
         }
         let images = self.checkpoints().flat_map(|c| std::iter::once(&c.full).chain(&c.delta));
         if images.into_iter().any(|i| usize::from(i.source) > self.parents.len()) {

@@ -15,8 +15,10 @@ const EDIT_TRIES: usize = 8;
 pub enum By {
     /// The attachment that the manifest names as its writer.
     Attachment,
-    /// Somebody who has it not attached.
+    /// Somebody who has it not attached, while nobody has.
     Anybody,
+    /// The same, even if another has.
+    Force,
 }
 
 /// The manifest as the store has it.
@@ -25,6 +27,13 @@ pub struct Published {
     /// What it says.
     pub manifest: Manifest,
     version: Version,
+    /// Publish ids of this one's own puts of which it is not known whether they landed.
+    unanswered: Vec<Uuid>,
+}
+
+/// What a put of a manifest is about to say of itself.
+fn said(manifest: Manifest, version: Version) -> Published {
+    Published { manifest, version, unanswered: Vec::new() }
 }
 
 impl Published {
@@ -56,7 +65,7 @@ impl Published {
                 ),
             ));
         }
-        Ok(Self { manifest, version })
+        Ok(said(manifest, version))
     }
 
     /// Writes the first manifest of a volume.
@@ -75,7 +84,7 @@ impl Published {
                     _ => e.context(format!("creating volume {:?} in {}", manifest.name, store.url())),
                 }
             })?;
-        Ok(Self { manifest, version })
+        Ok(said(manifest, version))
     }
 
     /// Puts a manifest in the place of what was found there: of nothing, or of exactly that version, whatever it says.
@@ -106,7 +115,7 @@ impl Published {
         let condition = found.map_or(Precondition::Absent, Precondition::Matches);
         let body = bytes::Bytes::from(manifest.encode()?);
         match store.put_if(&key, body, condition).await {
-            Ok(version) => Ok(Self { manifest, version }),
+            Ok(version) => Ok(said(manifest, version)),
             Err(e) if e.kind() == ErrorKind::Conflict => match Self::load(store, &manifest.name).await {
                 // An earlier try of this very put had landed with its reply lost.
                 Ok(there) if there.manifest.publish_id == manifest.publish_id => Ok(there),
@@ -130,27 +139,40 @@ impl Published {
         }
         let key = key(&next.name);
         let body = bytes::Bytes::from(next.encode()?);
-        let own_change = next.nonce == self.manifest.nonce;
         match store.put_if(&key, body.clone(), Precondition::Matches(self.version.clone())).await {
-            Ok(version) => *self = Self { manifest: next, version },
+            Ok(version) => *self = said(next, version),
             Err(e) if e.kind() == ErrorKind::Conflict => {
-                let now = Self::load(store, &next.name).await?;
+                let now = match Self::load(store, &next.name).await {
+                    Ok(now) => now,
+                    Err(e) => {
+                        self.unanswered.push(next.publish_id);
+                        return Err(e);
+                    }
+                };
                 if now.manifest.publish_id == next.publish_id {
                     // An earlier try of this very put had landed with its reply lost.
                     *self = now;
-                } else if own_change && now.manifest.nonce == next.nonce && now.manifest.epoch == next.epoch {
+                } else if self.unanswered.contains(&now.manifest.publish_id)
+                    && now.manifest.nonce == self.manifest.nonce
+                {
                     // An earlier publish of this attachment, which writes one at a time, had landed with its reply
-                    // lost; this one goes on top of it.
-                    let version = store
-                        .put_if(&key, body, Precondition::Matches(now.version))
-                        .await
-                        .map_err(|e| e.context(format!("publishing {key} in {}", store.url())))?;
-                    *self = Self { manifest: next, version };
+                    // lost; this one goes on top of it. Anything else there is somebody else's, whatever nonce it bears.
+                    let version = store.put_if(&key, body, Precondition::Matches(now.version)).await;
+                    match version {
+                        Ok(version) => *self = said(next, version),
+                        Err(e) => {
+                            self.unanswered.push(next.publish_id);
+                            return Err(e.context(format!("publishing {key} in {}", store.url())));
+                        }
+                    }
                 } else {
                     return Err(fenced(&now.manifest));
                 }
             }
-            Err(e) => return Err(e.context(format!("publishing {key} in {}", store.url()))),
+            Err(e) => {
+                self.unanswered.push(next.publish_id);
+                return Err(e.context(format!("publishing {key} in {}", store.url())));
+            }
         }
         if !self.manifest.conditional_writes {
             self.still_ours(store).await?;
@@ -159,15 +181,24 @@ impl Published {
     }
 
     /// Changes the manifest of a volume that this process does not have attached: `change` is made on what is there, and made anew if
-    /// somebody else has changed it meanwhile.
+    /// somebody else has changed it meanwhile. With `force` also while another has it attached, who is then refused his next change.
     ///
     /// # Errors
     /// `Busy` while a host has the volume attached: its daemon alone may change it; `change`'s; the store's.
-    pub async fn edit(&mut self, store: &dyn Store, change: impl Fn(&mut Manifest) -> Result<()>) -> Result<()> {
+    pub async fn edit(
+        &mut self,
+        store: &dyn Store,
+        force: bool,
+        change: impl Fn(&mut Manifest) -> Result<()>,
+    ) -> Result<()> {
         let name = self.manifest.name.clone();
         for _ in 0..EDIT_TRIES {
+            // A store that ignores conditions would let this go over what has come meanwhile: look first, and after.
+            if !self.manifest.conditional_writes {
+                *self = Self::load(store, &name).await?;
+            }
             let mut next = self.manifest.clone();
-            if next.writer.is_some() {
+            if next.writer.is_some() && !force {
                 return Err(Error::new(
                     ErrorKind::Busy,
                     format!(
@@ -181,18 +212,18 @@ impl Published {
             let key = key(&name);
             let body = bytes::Bytes::from(next.encode()?);
             match store.put_if(&key, body, Precondition::Matches(self.version.clone())).await {
-                Ok(version) => {
-                    *self = Self { manifest: next, version };
+                Ok(version) if next.conditional_writes => {
+                    *self = said(next, version);
                     return Ok(());
                 }
-                Err(e) if e.kind() == ErrorKind::Conflict => {
-                    *self = Self::load(store, &name).await?;
-                    // An earlier try of this very put had landed with its reply lost.
-                    if self.manifest.publish_id == next.publish_id {
-                        return Ok(());
-                    }
-                }
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Conflict => {}
                 Err(e) => return Err(e.context(format!("publishing {key} in {}", store.url()))),
+            }
+            *self = Self::load(store, &name).await?;
+            // Also when an earlier try of this very put had landed with its reply lost.
+            if self.manifest.publish_id == next.publish_id {
+                return Ok(());
             }
         }
         let what =
@@ -211,7 +242,8 @@ impl Published {
         change: impl Fn(&mut Manifest) -> Result<()>,
     ) -> Result<()> {
         match by {
-            By::Anybody => self.edit(store, change).await,
+            By::Anybody => self.edit(store, false, change).await,
+            By::Force => self.edit(store, true, change).await,
             By::Attachment => {
                 let mut next = self.manifest.clone();
                 change(&mut next)?;

@@ -85,6 +85,12 @@ pub async fn info(store: &dyn Store, name: &str) -> Result<Manifest> {
     }
 }
 
+/// Refuses what clones need.
+async fn not_needed(store: &dyn Store, name: &str) -> Result<()> {
+    let clones = dependents(store, name, None).await?;
+    if clones.is_empty() { Ok(()) } else { Err(needed(&format!("volume {name:?}"), &clones)) }
+}
+
 /// Deletes every object of a volume, the manifest first: what an interruption leaves is no volume any more, and the
 /// next delete of the name removes the rest. Returns the number of objects.
 ///
@@ -109,23 +115,20 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
             ));
         }
         Ok(mut p) => {
-            let by = if p.manifest.writer.is_some() { By::Attachment } else { By::Anybody };
-            mark_deleted(store, &mut p, by).await?;
+            // Before the mark, which a host that has it attached would notice.
+            not_needed(store, name).await?;
+            mark_deleted(store, &mut p, if force { By::Force } else { By::Anybody }).await?;
             was = Some(p.manifest);
         }
         Err(e) if e.kind() == ErrorKind::NotFound => {
             if rest().await?.is_empty() {
                 return Err(e);
             }
+            not_needed(store, name).await?;
         }
         Err(e) if !force => return Err(e),
         // Nothing can be marked: a clone that is made at this very moment is not seen.
-        Err(_) => {
-            let clones = dependents(store, name, None).await?;
-            if !clones.is_empty() {
-                return Err(needed(&format!("volume {name:?}"), &clones));
-            }
-        }
+        Err(_) => not_needed(store, name).await?,
     }
     store.delete(&manifest_key).await.map_err(|e| e.context(format!("deleting {manifest_key}")))?;
     let keys = rest().await?;

@@ -302,6 +302,9 @@ impl Job<'_> {
             return Err(Error::new(ErrorKind::NotFound, what));
         }
         let log = self.log.filter(|l| volume.is_none_or(|v| v == l.superblock.volume));
+        if let Some(uuid) = volume.or(log.map(|l| l.superblock.volume)) {
+            self.stands_alone(uuid).await?;
+        }
         let (size, logical_block) = self.sizes(log)?;
         let mut draft = Manifest::new(
             self.name,
@@ -397,7 +400,10 @@ impl Job<'_> {
             writer: continues.filter(|l| l.goes_on(a.end.through)).map(|_| self.opts.writer.clone()),
             ..draft
         };
-        notes.push("what was kept as metadata in the manifest, and when the volume was created, is lost".to_owned());
+        notes.push(
+            "what was kept as metadata in the manifest, its snapshots, and when the volume was created, are lost"
+                .to_owned(),
+        );
         if continues.is_none() {
             notes.push(
                 "what had not been uploaded is in no log here: if another host had the volume last, rebuild it there instead, with its log"
@@ -407,6 +413,27 @@ impl Job<'_> {
         let number = checkpoints.iter().map(|c| c.0).max().unwrap_or(0) + 1;
         let (log, map_from) = (fate, MapFrom::Chunks);
         Ok(Outcome { manifest, assembled: a, map_from, checkpoint_number: number, given_up, lost, log, notes })
+    }
+
+    /// Refuses what chunks do not say: what a clone began with, and what clones began with.
+    async fn stands_alone(&self, uuid: Uuid) -> Result<()> {
+        let all = self.store.list("", None).await.map_err(|e| e.context("looking for clones"))?;
+        let refs = all.iter().filter_map(|o| {
+            let volume = o.key.split_once("/refs/")?.0;
+            manifest::parse_ref_key(volume, &o.key).map(|(_, clone, id)| (volume, clone, id))
+        });
+        for (volume, clone, id) in refs {
+            let what = if id == uuid && volume != self.name {
+                format!("it is a clone of a snapshot of volume {volume:?}, and its chunks do not say of which")
+            } else if volume == self.name {
+                format!("volume {clone:?} was cloned from a snapshot of it, and its chunks do not say what that was")
+            } else {
+                continue;
+            };
+            let how = "only its manifest says so: put manifest.json back from a copy of the store";
+            return Err(Error::new(ErrorKind::Unsupported, format!("{what}; {how}")));
+        }
+        Ok(())
     }
 
     /// Has the oldest chunk of each attachment say with which group that began. Returns whose chunks they are.

@@ -51,9 +51,11 @@ pub async fn resize(store: &dyn Store, name: &str, opts: &Options) -> Result<Man
     manifest::check_size(opts.size_bytes, m.logical_block)?;
     not_deleting(&m)?;
     let cut = if opts.size_bytes < m.size_bytes && m.writer.is_none() { cut(store, &m, opts).await? } else { None };
+    // To write the map may have taken long.
+    published = Published::load(store, name).await?;
     let same = |now: &Manifest| now.uuid == m.uuid && now.epoch == m.epoch && now.checkpoint == m.checkpoint;
     published
-        .edit(store, |now| {
+        .edit(store, false, |now| {
             not_deleting(now)?;
             if !same(now) || now.size_bytes != m.size_bytes {
                 let what = format!("volume {name:?} was used or changed meanwhile: try again");

@@ -168,6 +168,10 @@ impl<D: Disk> Taking<D> {
             );
             return Err(Error::new(ErrorKind::Fenced, what));
         }
+        if m.deleting.is_some() {
+            let what = format!("volume {:?} is being deleted", m.name);
+            return Err(Error::new(ErrorKind::Fenced, what));
+        }
         if m.size_bytes > self.volume.size_bytes() {
             // It was made larger by a process that did not live to note it.
             if let Err(e) = self.sb.set_size(&self.disk, m.size_bytes).await {

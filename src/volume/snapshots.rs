@@ -10,7 +10,8 @@
 //!   was marked, if the mark still is one's own.
 //! - So of a clone and a deletion at the same time at most one succeeds: if the look came before the mark the ref and the manifest
 //!   were there before the list; else the look sees the mark. A ref without its clone is of one that will still look, of one that was
-//!   undone, or of one that was deleted; it may go once the mark is there.
+//!   undone, or of one that was deleted; it goes when the snapshot has gone, and not before: the mark may be taken away again.
+//! - A clone that has never been attached may not have looked, if its maker died: its first attach looks ([`still_there`]).
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
@@ -31,7 +32,7 @@ const MOST_TOLD: usize = 8;
 pub async fn create(store: &dyn Store, volume: &str, name: &str, now_unix: u64) -> Result<Snapshot> {
     let mut published = Published::load(store, volume).await?;
     let id = Uuid::new_v4();
-    published.edit(store, |m| add(m, &Wanted { name: name.to_owned(), id, created: now_unix })).await?;
+    published.edit(store, false, |m| add(m, &Wanted { name: name.to_owned(), id, created: now_unix })).await?;
     published.manifest.snapshot(name).cloned()
 }
 
@@ -100,7 +101,9 @@ pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: 
                     m.snapshots.remove(at);
                     Ok(())
                 })
-                .await
+                .await?;
+            // Whoever put one of these finds the snapshot gone.
+            forget_refs(store, &volume, id).await
         }
         kept => {
             published
@@ -153,6 +156,17 @@ pub(super) async fn mark_deleted(store: &dyn Store, published: &mut Published, b
     }
 }
 
+/// Removes what is left of the refs to a snapshot that is gone.
+async fn forget_refs(store: &dyn Store, volume: &str, snapshot: Uuid) -> Result<()> {
+    let folder = refs_prefix(volume, Some(snapshot));
+    let refs =
+        store.list(&folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    for r in refs {
+        store.delete(&r.key).await.map_err(|e| e.context(format!("deleting {} in {}", r.key, store.url())))?;
+    }
+    Ok(())
+}
+
 pub(super) fn needed(what: &str, clones: &[String]) -> Error {
     let more = clones.len().saturating_sub(MOST_TOLD);
     let names = clones[..clones.len() - more].join(", ");
@@ -160,15 +174,15 @@ pub(super) fn needed(what: &str, clones: &[String]) -> Error {
     Error::new(
         ErrorKind::Busy,
         format!(
-            "{what} cannot be deleted: {names}{more} {} made from it; delete {} first, or cut the tie with `vb-ublk volume flatten`",
+            "{what} cannot be deleted: {names}{more} {} made from it; delete {} first",
             if clones.len() == 1 { "was" } else { "were" },
             if clones.len() == 1 { "it" } else { "them" },
         ),
     )
 }
 
-/// The names of the volumes that were cloned from a snapshot, or from any of the volume's, and still need it. Refs that nobody needs
-/// any more are removed; so only for what is marked.
+/// The names of the volumes that were cloned from a snapshot, or from any of the volume's, and still need it. Nothing is removed: a ref
+/// without its clone may be of one that is being made, and the mark may be taken away again.
 ///
 /// # Errors
 /// The store's.
@@ -179,11 +193,7 @@ pub(super) async fn dependents(store: &dyn Store, volume: &str, snapshot: Option
     let clones: Vec<Option<String>> = stream::iter(&refs)
         .map(|object| async move {
             let Some((snapshot, clone, uuid)) = parse_ref_key(volume, &object.key) else { return Ok(None) };
-            if needs(store, &clone, uuid, snapshot).await? {
-                return Ok(Some(clone));
-            }
-            store.delete(&object.key).await?;
-            Ok::<_, Error>(None)
+            Ok::<_, Error>(needs(store, &clone, uuid, snapshot).await?.then_some(clone))
         })
         .buffered(PARALLEL_LOOKS)
         .try_collect()
@@ -243,10 +253,16 @@ pub async fn clone(
     let uuid = m.uuid;
     let made = match Published::create(store, m).await {
         Ok(p) => p.manifest,
-        Err(e) => {
-            let _ = store.delete(&key).await;
-            return Err(e);
-        }
+        // Only what is certainly not there needs no ref. One without its clone is in nobody's way.
+        Err(e) if e.kind() == ErrorKind::Exists => match Published::load(store, new).await {
+            Ok(there) if there.manifest.uuid == uuid => there.manifest,
+            Ok(_) => {
+                let _ = store.delete(&key).await;
+                return Err(e);
+            }
+            Err(_) => return Err(e),
+        },
+        Err(e) => return Err(e),
     };
     let still = Published::load(store, volume).await.and_then(|p| {
         not_deleting(&p.manifest)?;
@@ -261,6 +277,32 @@ pub async fn clone(
         return Err(e.context(format!("cloning {volume}@{snapshot}")));
     }
     Ok(made)
+}
+
+/// Refuses a clone that was never attached when what it was made from is gone, or going.
+///
+/// # Errors
+/// `NotFound` when it is; the store's.
+pub(super) async fn still_there(store: &dyn Store, m: &Manifest) -> Result<()> {
+    let Some(parent) = m.parent().filter(|_| m.epoch.0 == 0) else { return Ok(()) };
+    let gone = || {
+        let what = format!(
+            "volume {:?} was to be a clone of {}@{}, which is gone or being deleted: its making was interrupted; delete it",
+            m.name, parent.name, parent.snapshot_name
+        );
+        Error::new(ErrorKind::NotFound, what)
+    };
+    match Published::load(store, &parent.name).await {
+        Ok(p) => {
+            let p = p.manifest;
+            let there = p.uuid == parent.uuid
+                && p.deleting.is_none()
+                && p.snapshots.iter().any(|s| s.id == parent.snapshot && s.deleting.is_none());
+            if there { Ok(()) } else { Err(gone()) }
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => Err(gone().with_source(e)),
+        Err(e) => Err(e),
+    }
 }
 
 async fn undo(store: &dyn Store, new: &str, uuid: Uuid, ref_key: &str) -> Result<()> {

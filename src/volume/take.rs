@@ -20,7 +20,7 @@ use std::time::Duration;
 use super::attach::Request;
 use super::images::{Images, load_images};
 use super::recover::{StoreEnd, apply_groups, checkpoint_end};
-use super::snapshots::not_deleting;
+use super::snapshots::{not_deleting, still_there};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, prefix};
@@ -67,6 +67,7 @@ impl Found {
 /// `Corrupt`, also when the store lacks what the log says that it has; the store's.
 pub(super) async fn look(store: &dyn Store, m: &Manifest, log: LogSays) -> Result<Found> {
     not_deleting(m)?;
+    still_there(store, m).await?;
     let images = load_images(store, m).await?;
     let (maps, end) = find_groups(store, m, &images, log.packed).await?;
     Ok(Found { images, maps, end })

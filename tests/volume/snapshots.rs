@@ -272,7 +272,7 @@ fn what_an_interrupted_clone_or_deletion_leaves_is_in_nobody_s_way() {
         block_on(async {
             let mut p = Published::load(&*store, "vol").await.unwrap();
             let mark = Some(p.manifest.uuid);
-            p.edit(&*store, |m| {
+            p.edit(&*store, false, |m| {
                 if volume {
                     m.deleting = mark
                 } else {
@@ -299,4 +299,109 @@ fn what_an_interrupted_clone_or_deletion_leaves_is_in_nobody_s_way() {
         assert!(e.kind() == ErrorKind::Busy && e.to_string().contains("volume delete"), "{e}");
     }
     block_on(admin::delete(&*store, "vol", false)).unwrap();
+}
+
+#[test]
+fn a_refused_deletion_leaves_a_clone_its_ref_and_an_interrupted_clone_is_not_attached() {
+    let bench = Bench::new(SIZE);
+    let store = bench.store();
+    block_on(snapshots::create(&*store, "vol", "s", 1)).unwrap();
+    clone(&bench, ("vol", "s"), "x", None).unwrap();
+    // One that is being made: its ref is there, its manifest is not.
+    let id = block_on(admin::info(&*store, "vol")).unwrap().snapshots[0].id;
+    let made = uuid::Uuid::new_v4();
+    let key = vb_ublk::manifest::ref_key("vol", id, "y", made);
+    block_on(store.put(&key, "{}".into())).unwrap();
+    for _ in 0..2 {
+        assert_eq!(delete_snapshot(&bench, "vol", "s").unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(block_on(admin::delete(&*store, "vol", true)).unwrap_err().kind(), ErrorKind::Busy);
+        block_on(store.get(&key)).expect("its ref is there still");
+    }
+    // Its maker died before it looked, and the snapshot went.
+    let mut m = block_on(admin::info(&*store, "x")).unwrap();
+    (m.name, m.uuid) = ("y".to_owned(), made);
+    block_on(admin::delete(&*store, "x", false)).unwrap();
+    block_on(store.delete(&key)).unwrap();
+    delete_snapshot(&bench, "vol", "s").unwrap();
+    block_on(Published::create(&*store, m)).unwrap();
+    let e = attach(&bench, "y").map(|_| ()).unwrap_err();
+    assert!(e.kind() == ErrorKind::NotFound && e.to_string().contains("interrupted"), "{e}");
+    block_on(admin::delete(&*store, "y", false)).unwrap();
+    // Without a manifest a volume's clones still count.
+    block_on(snapshots::create(&*store, "vol", "t", 1)).unwrap();
+    clone(&bench, ("vol", "t"), "z", None).unwrap();
+    block_on(store.delete("vol/manifest.json")).unwrap();
+    let e = block_on(admin::delete(&*store, "vol", false)).unwrap_err();
+    assert!(e.kind() == ErrorKind::Busy && e.to_string().contains('z'), "{e}");
+}
+
+#[test]
+fn what_another_has_put_is_not_overwritten_for_bearing_ones_own_nonce() {
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 0, 1, 5).await);
+    drain(host.volume());
+    // As if its release had landed with the reply lost, and somebody else had made a snapshot since.
+    let store = bench.store();
+    block_on(async {
+        let mut p = Published::load(&*store, "vol").await.unwrap();
+        p.edit(&*store, true, |m| {
+            m.writer = None;
+            Ok(())
+        })
+        .await
+        .unwrap();
+        snapshots::create(&*store, "vol", "s", 1).await.unwrap();
+    });
+    let e = host.detach().unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Fenced, "{e}");
+    assert_eq!(block_on(admin::info(&*store, "vol")).unwrap().snapshots.len(), 1);
+}
+
+#[test]
+fn a_rebuilt_clone_keeps_what_it_began_with() {
+    use vb_ublk::manifest::Writer;
+    use vb_ublk::units::Nonce;
+    use vb_ublk::volume::rebuild::{Options, rebuild};
+    let bench = Bench::new(SIZE);
+    let (mut model, mut rng) = (vec![0; SIZE], Rng(21));
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 200).await);
+    host.detach().unwrap();
+    let store = bench.store();
+    block_on(snapshots::create(&*store, "vol", "s", 1)).unwrap();
+    clone(&bench, ("vol", "s"), "c", None).unwrap();
+    let how = || Options {
+        force: true,
+        accept_loss: false,
+        dry_run: false,
+        size_bytes: None,
+        logical_block: None,
+        writer: Writer { host: "here".to_owned(), pid: 1, since: 1 },
+        nonce: Nonce::draw().unwrap(),
+        now_unix: 2,
+    };
+    let again = |opts: &Options| block_on(rebuild(&*store, "c", opts, None, &mut |_| {}));
+    // Before it has anything of its own.
+    again(&how()).unwrap();
+    holds(&bench, "c", &model);
+    let host = attach(&bench, "c").unwrap();
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 100).await);
+    host.detach().unwrap();
+    again(&how()).unwrap();
+    holds(&bench, "c", &model);
+    // Its own checkpoint is damaged: its chunks are laid over its parent's snapshot.
+    for part in std::fs::read_dir(bench.dir.path().join("store/c/checkpoints")).unwrap() {
+        std::fs::write(part.unwrap().path(), "garbage").unwrap();
+    }
+    again(&how()).unwrap();
+    holds(&bench, "c", &model);
+    is_well(&bench, "c");
+    // Without its manifest nobody knows; nor what a clone of a volume without one began with.
+    for (name, words) in [("c", "is a clone of a snapshot of volume \"vol\""), ("vol", "\"c\" was cloned")] {
+        block_on(store.delete(&format!("{name}/manifest.json"))).unwrap();
+        let opts = Options { size_bytes: Some(SIZE as u64), ..how() };
+        let e = block_on(rebuild(&*store, name, &opts, None, &mut |_| {})).unwrap_err();
+        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains(words), "{e}");
+    }
 }

@@ -150,12 +150,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
             PublishDone::Stopped => result = Err(lost(&self.volume)),
         }
+        let failed = result.is_err();
         let mut result = Some(result);
         for reply in replies {
             // Several are of one checkpoint, which fails only with the volume.
-            let _ = reply.send(
-                result.take().unwrap_or_else(|| if self.volume.is_gone() { Err(lost(&self.volume)) } else { Ok(()) }),
-            );
+            let same = || if failed { Err(lost(&self.volume)) } else { Ok(()) };
+            let _ = reply.send(result.take().unwrap_or_else(same));
         }
     }
 }
@@ -206,7 +206,10 @@ async fn publish(
     let mut next = published.manifest.clone();
     checkpoint(&mut next);
     for wanted in &cut.snapshots {
-        snapshots::add(&mut next, wanted)?;
+        // It may have been published, and not be known to be.
+        if !next.snapshots.iter().any(|s| s.id == wanted.id) {
+            snapshots::add(&mut next, wanted)?;
+        }
     }
     if cut.release {
         next.writer = None;

@@ -25,7 +25,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             let grown = async {
                 may_grow(&published.manifest, size_bytes)?;
                 manifest::check_size(size_bytes, published.manifest.logical_block)?;
-                published.publish(&*store, |m| m.size_bytes = size_bytes).await?;
+                if published.manifest.size_bytes != size_bytes {
+                    published.publish(&*store, |m| m.size_bytes = size_bytes).await?;
+                }
                 sb.set_size(&disk, size_bytes).await.inspect_err(|e| {
                     // The kernel tells of a failed write once.
                     volume.log.fail(format!("the log's superblock cannot be written: {e}"));

@@ -72,7 +72,8 @@ impl Job<'_> {
         number: u64,
         end: &StoreEnd,
     ) -> Result<Option<Checkpoint>> {
-        if end.group == GroupNo(0) {
+        // A clone maps what it began with, before it has a group of its own.
+        if end.group == GroupNo(0) && image.mapped_blocks() == 0 {
             return Ok(None);
         }
         let prefix = manifest::prefix(self.name);
