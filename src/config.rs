@@ -94,7 +94,7 @@ impl VolumeName {
     /// The volume, and the snapshot of it that is meant.
     #[must_use]
     pub fn parts(&self) -> (&str, Option<&str>) {
-        self.0.split_once('@').map_or((&self.0, None), |(v, s)| (v, Some(s)))
+        split_snapshot(&self.0)
     }
 }
 
@@ -105,19 +105,26 @@ impl FromStr for VolumeName {
         let bad = |what: &str, why: &str| {
             Error::new(ErrorKind::Usage, format!("{:?} cannot be {what}'s name: {why}", shown(s)))
         };
-        let (volume, snapshot) = s.split_once('@').map_or((s, None), |(v, s)| (v, Some(s)));
-        if let Some(why) = unfit(volume) {
+        let (volume, snapshot) = split_snapshot(s);
+        if let Some(why) = unfit_name(volume) {
             return Err(bad("a volume", why));
         }
-        if let Some(why) = snapshot.and_then(unfit) {
+        if let Some(why) = snapshot.and_then(unfit_name) {
             return Err(bad("a snapshot", why));
         }
         Ok(Self(s.to_owned()))
     }
 }
 
-/// Why it cannot be a name.
-fn unfit(s: &str) -> Option<&'static str> {
+/// `VOLUME` or `VOLUME@SNAPSHOT` taken apart; neither has been looked at.
+#[must_use]
+pub fn split_snapshot(s: &str) -> (&str, Option<&str>) {
+    s.split_once('@').map_or((s, None), |(v, s)| (v, Some(s)))
+}
+
+/// Why it cannot be a volume's or a snapshot's name.
+#[must_use]
+pub fn unfit_name(s: &str) -> Option<&'static str> {
     if s.is_empty() {
         Some("it is empty")
     } else if s.len() > MAX_NAME {

@@ -1,6 +1,7 @@
 //! Taking a volume on this host: one process at a time.
 
 use super::serve;
+use super::settings::Settings;
 use super::state::{Held, RunDir, State};
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,6 +46,15 @@ pub(super) fn take(run: &RunDir, volume: &VolumeName) -> Result<Held> {
         return Err(Error::new(ErrorKind::Busy, what));
     }
     Ok(held)
+}
+
+/// What a process of this host says of itself that has this very volume, of this store.
+pub(super) fn attached_here(settings: &Settings, volume: &VolumeName) -> Result<Option<State>> {
+    let run = RunDir::at(&settings.run_dir);
+    if !run.is_held(volume)? {
+        return Ok(None);
+    }
+    Ok(run.read(volume)?.filter(|state| state.store == settings.store.to_string()))
 }
 
 #[cfg(test)]

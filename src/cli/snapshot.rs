@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::args::{CloneArgs, SnapshotCommand};
+use super::claim::attached_here;
 use super::control::{self, Order};
 use super::output::{print, print_json, table};
 use super::settings::Settings;
@@ -93,12 +94,10 @@ pub(super) fn whole(volume: &VolumeName) -> Result<()> {
 /// # Errors
 /// The order's own, and when the daemon cannot be asked.
 pub(super) fn ordered(settings: &Settings, volume: &VolumeName, order: &Order) -> Result<bool> {
-    let run = RunDir::at(&settings.run_dir);
-    let here = run.is_held(volume)? && run.read(volume)?.is_some_and(|state| state.store == settings.store.to_string());
-    if !here {
+    if attached_here(settings, volume)?.is_none() {
         return Ok(false);
     }
-    let socket = run.socket_path(volume)?;
+    let socket = RunDir::at(&settings.run_dir).socket_path(volume)?;
     let asking = |e: Error| e.context(format!("volume {volume}, attached on this host"));
     let job = control::order(&socket, order).map_err(asking)?;
     while !control::is_done(&socket, job).map_err(asking)? {

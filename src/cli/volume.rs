@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::args::VolumeCommand;
+use super::claim::attached_here;
 use super::control::Order;
 use super::engine::{self, CreateOptions};
 use super::output::{fields, print, print_json};
@@ -87,11 +88,7 @@ fn tell_device(settings: &Settings, volume: &VolumeName, size_bytes: u64) -> Res
 
 /// Not even by force: its daemon on this host would go on writing.
 fn not_attached_here(settings: &Settings, volume: &VolumeName) -> Result<()> {
-    let run = RunDir::at(&settings.run_dir);
-    if run.is_held(volume)?
-        && let Some(state) = run.read(volume)?
-        && state.store == settings.store.to_string()
-    {
+    if let Some(state) = attached_here(settings, volume)? {
         let what = format!(
             "volume {volume} is attached on this host by process {}: detach it first with {}",
             state.pid,

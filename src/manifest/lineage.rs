@@ -13,10 +13,10 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Checkpoint, EpochEntry, Image, Manifest, check_name, check_size, owner, prefix};
+use super::{Checkpoint, EpochEntry, Image, Manifest, check_name, check_size, prefix};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::MAX_SOURCE;
-use crate::units::{ChunkNo, Epoch, Nonce};
+use crate::units::{ChunkNo, GroupNo, Seq};
 
 /// The volume as it was at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,12 +71,6 @@ impl SourceOf<'_> {
     #[must_use]
     pub fn prefix(&self) -> String {
         prefix(self.name)
-    }
-
-    /// Who owns a chunk number.
-    #[must_use]
-    pub fn owner(&self, chunk: ChunkNo) -> Option<(Epoch, Nonce)> {
-        owner(self.history, chunk)
     }
 }
 
@@ -219,8 +213,8 @@ impl Checkpoint {
     fn inherited(&self) -> Self {
         let lift = |i: &Image| Image { source: i.source + 1, ..i.clone() };
         Self {
-            group: crate::units::GroupNo(0),
-            through: crate::units::Seq(0),
+            group: GroupNo(0),
+            through: Seq(0),
             last_chunk: ChunkNo(0),
             full: lift(&self.full),
             delta: self.delta.as_ref().map(lift),

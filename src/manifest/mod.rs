@@ -17,6 +17,7 @@ pub use lineage::{Parent, Snapshot, SourceOf, parse_ref_key, ref_key, refs_prefi
 pub use publish::{By, Published};
 
 use crate::checksum::sha256_hex;
+use crate::config::unfit_name;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq};
 
@@ -332,10 +333,7 @@ pub fn check_size(size_bytes: u64, logical_block: u32) -> Result<()> {
 /// # Errors
 /// `Usage`.
 pub fn check_name(name: &str) -> Result<()> {
-    let ok = name.len() <= 128
-        && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    if ok {
+    if unfit_name(name).is_none() {
         return Ok(());
     }
     Err(Error::new(

@@ -31,12 +31,11 @@ pub struct Published {
     unanswered: Vec<Uuid>,
 }
 
-/// What a put of a manifest is about to say of itself.
-fn said(manifest: Manifest, version: Version) -> Published {
-    Published { manifest, version, unanswered: Vec::new() }
-}
-
 impl Published {
+    const fn of(manifest: Manifest, version: Version) -> Self {
+        Self { manifest, version, unanswered: Vec::new() }
+    }
+
     /// Reads a volume's manifest.
     ///
     /// # Errors
@@ -65,7 +64,7 @@ impl Published {
                 ),
             ));
         }
-        Ok(said(manifest, version))
+        Ok(Self::of(manifest, version))
     }
 
     /// Writes the first manifest of a volume.
@@ -84,7 +83,7 @@ impl Published {
                     _ => e.context(format!("creating volume {:?} in {}", manifest.name, store.url())),
                 }
             })?;
-        Ok(said(manifest, version))
+        Ok(Self::of(manifest, version))
     }
 
     /// Puts a manifest in the place of what was found there: of nothing, or of exactly that version, whatever it says.
@@ -115,7 +114,7 @@ impl Published {
         let condition = found.map_or(Precondition::Absent, Precondition::Matches);
         let body = bytes::Bytes::from(manifest.encode()?);
         match store.put_if(&key, body, condition).await {
-            Ok(version) => Ok(said(manifest, version)),
+            Ok(version) => Ok(Self::of(manifest, version)),
             Err(e) if e.kind() == ErrorKind::Conflict => match Self::load(store, &manifest.name).await {
                 // An earlier try of this very put had landed with its reply lost.
                 Ok(there) if there.manifest.publish_id == manifest.publish_id => Ok(there),
@@ -137,47 +136,44 @@ impl Published {
         if !next.conditional_writes {
             self.still_ours(store).await?;
         }
-        let key = key(&next.name);
-        let body = bytes::Bytes::from(next.encode()?);
-        match store.put_if(&key, body.clone(), Precondition::Matches(self.version.clone())).await {
-            Ok(version) => *self = said(next, version),
-            Err(e) if e.kind() == ErrorKind::Conflict => {
-                let now = match Self::load(store, &next.name).await {
-                    Ok(now) => now,
-                    Err(e) => {
-                        self.unanswered.push(next.publish_id);
-                        return Err(e);
-                    }
-                };
-                if now.manifest.publish_id == next.publish_id {
-                    // An earlier try of this very put had landed with its reply lost.
-                    *self = now;
-                } else if self.unanswered.contains(&now.manifest.publish_id)
-                    && now.manifest.nonce == self.manifest.nonce
-                {
-                    // An earlier publish of this attachment, which writes one at a time, had landed with its reply
-                    // lost; this one goes on top of it. Anything else there is somebody else's, whatever nonce it bears.
-                    let version = store.put_if(&key, body, Precondition::Matches(now.version)).await;
-                    match version {
-                        Ok(version) => *self = said(next, version),
-                        Err(e) => {
-                            self.unanswered.push(next.publish_id);
-                            return Err(e.context(format!("publishing {key} in {}", store.url())));
-                        }
-                    }
-                } else {
-                    return Err(fenced(&now.manifest));
-                }
-            }
+        let id = next.publish_id;
+        match self.put_next(store, next).await {
+            Ok(published) => *self = published,
             Err(e) => {
-                self.unanswered.push(next.publish_id);
-                return Err(e.context(format!("publishing {key} in {}", store.url())));
+                if e.kind() != ErrorKind::Fenced {
+                    self.unanswered.push(id);
+                }
+                return Err(e);
             }
         }
         if !self.manifest.conditional_writes {
             self.still_ours(store).await?;
         }
         Ok(())
+    }
+
+    /// Puts it in the place of the version that is known, or of one's own that had landed unheard.
+    async fn put_next(&self, store: &dyn Store, next: Manifest) -> Result<Self> {
+        let key = key(&next.name);
+        let publishing = |e: Error| e.context(format!("publishing {key} in {}", store.url()));
+        let body = bytes::Bytes::from(next.encode()?);
+        match store.put_if(&key, body.clone(), Precondition::Matches(self.version.clone())).await {
+            Ok(version) => return Ok(Self::of(next, version)),
+            Err(e) if e.kind() == ErrorKind::Conflict => {}
+            Err(e) => return Err(publishing(e)),
+        }
+        let now = Self::load(store, &next.name).await?;
+        if now.manifest.publish_id == next.publish_id {
+            // An earlier try of this very put had landed with its reply lost.
+            return Ok(now);
+        }
+        // An earlier publish of this attachment, which writes one at a time, may have landed with its reply lost; this one
+        // goes on top of it. Anything else there is somebody else's, whatever nonce it bears.
+        if !self.unanswered.contains(&now.manifest.publish_id) || now.manifest.nonce != self.manifest.nonce {
+            return Err(fenced(&now.manifest));
+        }
+        let version = store.put_if(&key, body, Precondition::Matches(now.version)).await.map_err(publishing)?;
+        Ok(Self::of(next, version))
     }
 
     /// Changes the manifest of a volume that this process does not have attached: `change` is made on what is there, and made anew if
@@ -213,7 +209,7 @@ impl Published {
             let body = bytes::Bytes::from(next.encode()?);
             match store.put_if(&key, body, Precondition::Matches(self.version.clone())).await {
                 Ok(version) if next.conditional_writes => {
-                    *self = said(next, version);
+                    *self = Self::of(next, version);
                     return Ok(());
                 }
                 Ok(_) => {}

@@ -259,6 +259,19 @@ impl BaseImage {
         })
     }
 
+    /// The same map of a volume of another size: what lies behind a nearer end is left out.
+    #[must_use]
+    pub fn resized(&self, volume_blocks: u64) -> Self {
+        let mut new = Self::empty(volume_blocks);
+        for (l, leaf) in self.leaves(0..new.leaf_count()) {
+            let end = (volume_blocks - l * LEAF_BLOCKS).min(LEAF_BLOCKS) as usize;
+            let kept =
+                if leaf.end() <= end { leaf.clone() } else { leaf.update(std::iter::once((end, BLOCKS - end, 0))) };
+            new.set_leaf(l, kept);
+        }
+        new
+    }
+
     /// What turns `old` into `new`: the fewest runs, in order. Shared pages cost nothing.
     #[must_use]
     pub fn diff(old: &Self, new: &Self) -> Vec<Run> {

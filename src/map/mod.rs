@@ -406,15 +406,12 @@ impl Maps {
     /// When the image is of a larger volume.
     pub fn load_base(&self, img: &BaseImage) {
         assert!(img.volume_blocks() <= self.volume_blocks(), "the base's image fits the volume");
-        let mut grown;
+        let grown;
         let img = if img.leaf_count() == self.volume_blocks().div_ceil(LEAF_BLOCKS) {
             img
         } else {
             // The volume has grown since: the directories get their full length.
-            grown = BaseImage::empty(self.volume_blocks());
-            for (l, leaf) in img.leaves(0..u64::MAX) {
-                grown.set_leaf(l, leaf.clone());
-            }
+            grown = img.resized(self.volume_blocks());
             &grown
         };
         let mut early = locked(&self.early);

@@ -2,7 +2,8 @@
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::snapshots::{dependents, forget_parent, mark_deleted, needed};
+use super::snapshots::{forget_parent, mark_deleted, not_needed};
+use crate::config::split_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, By, Manifest, Published};
 use crate::store::Store;
@@ -23,21 +24,12 @@ pub struct CreateOptions {
 /// # Errors
 /// `Usage` when either cannot be one.
 pub fn split_name(name: &str) -> Result<(&str, Option<&str>)> {
-    let (volume, snapshot) = match name.split_once('@') {
-        Some((v, s)) => (v, Some(s)),
-        None => (name, None),
-    };
+    let (volume, snapshot) = split_snapshot(name);
     manifest::check_name(volume)?;
     if let Some(s) = snapshot {
         manifest::check_name(s).map_err(|e| e.context(format!("the snapshot in {name:?}")))?;
     }
     Ok((volume, snapshot))
-}
-
-/// What [`split_name`] takes apart.
-#[must_use]
-pub fn full_name(volume: &str, snapshot: Option<&str>) -> String {
-    snapshot.map_or_else(|| volume.to_owned(), |s| format!("{volume}@{s}"))
 }
 
 /// Makes a volume.
@@ -85,12 +77,6 @@ pub async fn info(store: &dyn Store, name: &str) -> Result<Manifest> {
     }
 }
 
-/// Refuses what clones need.
-async fn not_needed(store: &dyn Store, name: &str) -> Result<()> {
-    let clones = dependents(store, name, None).await?;
-    if clones.is_empty() { Ok(()) } else { Err(needed(&format!("volume {name:?}"), &clones)) }
-}
-
 /// Deletes every object of a volume, the manifest first: what an interruption leaves is no volume any more, and the
 /// next delete of the name removes the rest. Returns the number of objects.
 ///
@@ -100,6 +86,7 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     manifest::check_name(name)?;
     let prefix = manifest::prefix(name);
     let manifest_key = manifest::key(name);
+    let what = format!("volume {name:?}");
     let rest = async || -> Result<Vec<String>> {
         Ok(store.list(&prefix, None).await?.into_iter().map(|o| o.key).filter(|k| *k != manifest_key).collect())
     };
@@ -116,7 +103,7 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
         }
         Ok(mut p) => {
             // Before the mark, which a host that has it attached would notice.
-            not_needed(store, name).await?;
+            not_needed(store, name, None, &what).await?;
             mark_deleted(store, &mut p, if force { By::Force } else { By::Anybody }).await?;
             was = Some(p.manifest);
         }
@@ -124,11 +111,11 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
             if rest().await?.is_empty() {
                 return Err(e);
             }
-            not_needed(store, name).await?;
+            not_needed(store, name, None, &what).await?;
         }
         Err(e) if !force => return Err(e),
         // Nothing can be marked: a clone that is made at this very moment is not seen.
-        Err(_) => not_needed(store, name).await?,
+        Err(_) => not_needed(store, name, None, &what).await?,
     }
     store.delete(&manifest_key).await.map_err(|e| e.context(format!("deleting {manifest_key}")))?;
     let keys = rest().await?;

@@ -7,10 +7,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Parts;
 use super::attach::{Attached, Stores};
 use super::images::load_images;
 use super::start::{Place, start_log};
-use super::{Parts, admin};
 use crate::disk::file::DataFile;
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -61,7 +61,7 @@ pub(super) async fn open(
     let at = Place { disk: &disk, file: &file, geometry };
     let log = start_log(at, &mut sb, salt, replay, Seq(0), &maps).await?;
     let parts = Parts {
-        name: admin::full_name(volume, Some(snapshot)),
+        name: format!("{volume}@{snapshot}"),
         uuid: m.uuid,
         size_bytes: m.size_bytes,
         logical_block: m.logical_block,

@@ -120,7 +120,7 @@ pub async fn import(
             manifest.size_bytes = whole_blocks(image_bytes);
             manifest::check_size(manifest.size_bytes, opts.logical_block)?;
         }
-        let map = cut_to(&packer.map, manifest.size_bytes / BLOCK as u64);
+        let map = packer.map.resized(manifest.size_bytes / BLOCK as u64);
         let metadata = packer.source.metadata().into_iter().chain(opts.metadata.clone()).collect();
         let checkpoint = job.checkpoint(&manifest, &map, stop.clone()).await?;
         manifest.metadata = metadata;
@@ -190,19 +190,6 @@ fn as_after_a_detach(mut m: Manifest, nonce: Nonce, checkpoint: Option<Checkpoin
     m.history = vec![EpochEntry { epoch: EPOCH, nonce, first }];
     (m.epoch, m.nonce, m.checkpoint) = (EPOCH, nonce, checkpoint);
     m
-}
-
-/// The map of a volume of `blocks`, none of which is mapped behind its end.
-fn cut_to(map: &BaseImage, blocks: u64) -> BaseImage {
-    if map.volume_blocks() == blocks {
-        return map.clone();
-    }
-    let mut cut = BaseImage::empty(blocks);
-    let mut runs = map.runs().peekable();
-    while runs.peek().is_some() {
-        cut.apply_runs(&runs.by_ref().take(1024).collect::<Vec<_>>());
-    }
-    cut
 }
 
 /// A chunk ready to go.

@@ -55,7 +55,7 @@ use std::collections::BTreeSet;
 use futures_util::stream::{self, StreamExt};
 use uuid::Uuid;
 
-use find::{Found, find_manifest, list_checkpoints, list_chunks};
+use find::{Found, find_manifest, list_checkpoints, list_chunks, stands_alone};
 use groups::{Assembled, Ground, Looked, assemble, look};
 use history::{Attachment, Named, Rules};
 pub use local::LocalLog;
@@ -303,7 +303,7 @@ impl Job<'_> {
         }
         let log = self.log.filter(|l| volume.is_none_or(|v| v == l.superblock.volume));
         if let Some(uuid) = volume.or(log.map(|l| l.superblock.volume)) {
-            self.stands_alone(uuid).await?;
+            stands_alone(self.store, self.name, uuid).await?;
         }
         let (size, logical_block) = self.sizes(log)?;
         let mut draft = Manifest::new(
@@ -413,27 +413,6 @@ impl Job<'_> {
         let number = checkpoints.iter().map(|c| c.0).max().unwrap_or(0) + 1;
         let (log, map_from) = (fate, MapFrom::Chunks);
         Ok(Outcome { manifest, assembled: a, map_from, checkpoint_number: number, given_up, lost, log, notes })
-    }
-
-    /// Refuses what chunks do not say: what a clone began with, and what clones began with.
-    async fn stands_alone(&self, uuid: Uuid) -> Result<()> {
-        let all = self.store.list("", None).await.map_err(|e| e.context("looking for clones"))?;
-        let refs = all.iter().filter_map(|o| {
-            let volume = o.key.split_once("/refs/")?.0;
-            manifest::parse_ref_key(volume, &o.key).map(|(_, clone, id)| (volume, clone, id))
-        });
-        for (volume, clone, id) in refs {
-            let what = if id == uuid && volume != self.name {
-                format!("it is a clone of a snapshot of volume {volume:?}, and its chunks do not say of which")
-            } else if volume == self.name {
-                format!("volume {clone:?} was cloned from a snapshot of it, and its chunks do not say what that was")
-            } else {
-                continue;
-            };
-            let how = "only its manifest says so: put manifest.json back from a copy of the store";
-            return Err(Error::new(ErrorKind::Unsupported, format!("{what}; {how}")));
-        }
-        Ok(())
     }
 
     /// Has the oldest chunk of each attachment say with which group that began. Returns whose chunks they are.

@@ -4,13 +4,12 @@
 //! say so in the manifest; to shrink, a map without what lies behind the new end is written first. Snapshots keep the size that
 //! they had.
 
-use super::background::checkpoint::{PART_BYTES, put_parts};
+use super::background::checkpoint::put_unattached;
 use super::images::load_images;
 use super::snapshots::not_deleting;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{self, Checkpoint, Image, Manifest, NO_ATTACHMENT, Published, part_key, prefix};
-use crate::map::checkpoint::{Ident, encode_full};
-use crate::map::{BaseImage, Run};
+use crate::manifest::{self, Checkpoint, Manifest, Published};
+use crate::map::Run;
 use crate::store::Store;
 use crate::units::{BLOCK, Nonce};
 
@@ -91,16 +90,11 @@ async fn cut(store: &dyn Store, m: &Manifest, opts: &Options) -> Result<Option<C
             ),
         ));
     }
-    let mut image = BaseImage::empty(blocks);
-    let kept: Vec<Run> = map.runs().filter_map(|r| before_end(r, blocks)).collect();
-    image.apply_runs(&kept);
     let number = c.number() + 1;
-    let ident = Ident { volume: m.uuid, number };
-    let name = |part: usize| part_key(number, NO_ATTACHMENT, opts.nonce, part);
-    let parts = put_parts(store, &prefix(&m.name), encode_full(&image, ident, PART_BYTES), name)
+    let full = put_unattached(store, m, &map.resized(blocks), number, opts.nonce)
         .await
         .map_err(|e| e.context("writing the smaller volume's map"))?;
-    Ok(Some(Checkpoint { full: Image { number, parts, source: 0 }, delta: None, ..c.clone() }))
+    Ok(Some(Checkpoint { full, delta: None, ..c.clone() }))
 }
 
 /// Blocks of a run that lie behind the end.
@@ -109,16 +103,10 @@ fn behind_end(r: &Run, end: u64) -> Option<u64> {
     (lost > 0).then_some(lost)
 }
 
-/// The part of a run that lies before the end.
-fn before_end(r: Run, end: u64) -> Option<Run> {
-    let blocks = end.saturating_sub(r.block.0).min(u64::from(r.blocks)) as u32;
-    (blocks > 0).then_some(Run { blocks, ..r })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::map::Location;
+    use crate::map::{BaseImage, Location};
     use crate::units::{BlockNo, ChunkNo};
 
     #[test]
@@ -133,7 +121,11 @@ mod tests {
             (run(10, 1), Some(1), None),
             (run(20, 3), Some(3), None),
         ] {
-            assert_eq!((behind_end(&r, 10), before_end(r, 10)), (behind, before), "{r:?}");
+            let mut map = BaseImage::empty(2000);
+            map.apply_runs(&[r]);
+            let cut = map.resized(10);
+            assert_eq!((behind_end(&r, 10), cut.runs().next()), (behind, before), "{r:?}");
+            assert_eq!(cut.resized(2000).runs().next(), before, "{r:?}");
         }
     }
 }

@@ -77,46 +77,19 @@ pub(super) fn not_deleting(m: &Manifest) -> Result<()> {
 /// `Busy`, with their names, when volumes were cloned from it and still need it; `Busy` when another process has the volume attached,
 /// `NotFound`, `Conflict` when somebody else deletes it at the same time; the store's.
 pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: &str) -> Result<()> {
-    let mark = Uuid::new_v4();
     let id = published.manifest.snapshot(name)?.id;
-    let of = move |m: &Manifest| m.snapshots.iter().position(|s| s.id == id);
-    let gone = |m: &Manifest| {
-        Error::new(ErrorKind::Conflict, format!("somebody else deletes snapshot {name:?} of volume {:?}", m.name))
-    };
+    let volume = published.manifest.name.clone();
+    let what = format!("snapshot {name:?} of volume {volume:?}");
+    let mark = mark(store, published, by, Some(id), &what).await?;
     published
         .change(store, by, |m| {
-            let at = of(m).ok_or_else(|| gone(m))?;
-            m.snapshots[at].deleting = Some(mark);
+            let marked = m.snapshots.iter().position(|s| s.id == id && s.deleting == Some(mark));
+            m.snapshots.remove(marked.ok_or_else(|| taken(&what))?);
             Ok(())
         })
         .await?;
-    let ours = |m: &Manifest| of(m).filter(|at| m.snapshots[*at].deleting == Some(mark));
-    let volume = published.manifest.name.clone();
-    let found = dependents(store, &volume, Some(id)).await;
-    match found {
-        Ok(clones) if clones.is_empty() => {
-            published
-                .change(store, by, |m| {
-                    let at = ours(m).ok_or_else(|| gone(m))?;
-                    m.snapshots.remove(at);
-                    Ok(())
-                })
-                .await?;
-            // Whoever put one of these finds the snapshot gone.
-            forget_refs(store, &volume, id).await
-        }
-        kept => {
-            published
-                .change(store, by, |m| {
-                    if let Some(at) = ours(m) {
-                        m.snapshots[at].deleting = None;
-                    }
-                    Ok(())
-                })
-                .await?;
-            Err(needed(&format!("snapshot {name:?} of volume {volume:?}"), &kept?))
-        }
-    }
+    // Whoever put one of these finds the snapshot gone.
+    forget_refs(store, &volume, id).await
 }
 
 /// Marks a volume that is to be deleted, unless others need it.
@@ -124,36 +97,62 @@ pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: 
 /// # Errors
 /// `Busy`, with their names, when volumes were cloned from it; the store's.
 pub(super) async fn mark_deleted(store: &dyn Store, published: &mut Published, by: By) -> Result<()> {
+    let volume = published.manifest.name.clone();
+    let what = format!("volume {volume:?}");
+    let mark = mark(store, published, by, None, &what).await?;
+    let now = Published::load(store, &volume).await?.manifest;
+    if now.deleting == Some(mark) { Ok(()) } else { Err(taken(&what)) }
+}
+
+/// Marks a snapshot, or the volume, unless clones need it. Returns the mark, which another deletion may replace by its own.
+async fn mark(
+    store: &dyn Store,
+    published: &mut Published,
+    by: By,
+    snapshot: Option<Uuid>,
+    what: &str,
+) -> Result<Uuid> {
     let mark = Uuid::new_v4();
     published
         .change(store, by, |m| {
-            m.deleting = Some(mark);
+            *mark_of(m, snapshot).ok_or_else(|| taken(what))? = Some(mark);
             Ok(())
         })
         .await?;
     let volume = published.manifest.name.clone();
-    let clones = dependents(store, &volume, None).await;
-    let ours = |m: &Manifest| m.deleting == Some(mark);
-    match clones {
-        Ok(clones) if clones.is_empty() => {
-            let now = Published::load(store, &volume).await?;
-            if ours(&now.manifest) {
-                return Ok(());
-            }
-            Err(Error::new(ErrorKind::Conflict, format!("somebody else deletes volume {volume:?}")))
-        }
-        kept => {
-            published
-                .change(store, by, |m| {
-                    if ours(m) {
-                        m.deleting = None;
-                    }
-                    Ok(())
-                })
-                .await?;
-            Err(needed(&format!("volume {volume:?}"), &kept?))
-        }
+    let kept = not_needed(store, &volume, snapshot, what).await;
+    if kept.is_err() {
+        published
+            .change(store, by, |m| {
+                if let Some(at) = mark_of(m, snapshot).filter(|at| **at == Some(mark)) {
+                    *at = None;
+                }
+                Ok(())
+            })
+            .await?;
     }
+    kept.map(|()| mark)
+}
+
+/// Where the mark of a snapshot is, or the volume's.
+fn mark_of(m: &mut Manifest, snapshot: Option<Uuid>) -> Option<&mut Option<Uuid>> {
+    match snapshot {
+        None => Some(&mut m.deleting),
+        Some(id) => m.snapshots.iter_mut().find(|s| s.id == id).map(|s| &mut s.deleting),
+    }
+}
+
+fn taken(what: &str) -> Error {
+    Error::new(ErrorKind::Conflict, format!("somebody else deletes {what}"))
+}
+
+/// Refuses to delete what clones need.
+///
+/// # Errors
+/// `Busy`, with their names; the store's.
+pub(super) async fn not_needed(store: &dyn Store, volume: &str, snapshot: Option<Uuid>, what: &str) -> Result<()> {
+    let clones = dependents(store, volume, snapshot).await?;
+    if clones.is_empty() { Ok(()) } else { Err(needed(what, &clones)) }
 }
 
 /// Removes what is left of the refs to a snapshot that is gone.
@@ -167,7 +166,7 @@ async fn forget_refs(store: &dyn Store, volume: &str, snapshot: Uuid) -> Result<
     Ok(())
 }
 
-pub(super) fn needed(what: &str, clones: &[String]) -> Error {
+fn needed(what: &str, clones: &[String]) -> Error {
     let more = clones.len().saturating_sub(MOST_TOLD);
     let names = clones[..clones.len() - more].join(", ");
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -186,7 +185,7 @@ pub(super) fn needed(what: &str, clones: &[String]) -> Error {
 ///
 /// # Errors
 /// The store's.
-pub(super) async fn dependents(store: &dyn Store, volume: &str, snapshot: Option<Uuid>) -> Result<Vec<String>> {
+async fn dependents(store: &dyn Store, volume: &str, snapshot: Option<Uuid>) -> Result<Vec<String>> {
     let folder = refs_prefix(volume, snapshot);
     let refs =
         store.list(&folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;

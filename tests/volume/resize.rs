@@ -5,9 +5,9 @@ use vb_ublk::units::{BLOCK, Lba, Nonce};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::resize::{Options, resize};
-use vb_ublk::volume::verify::verify;
 use vb_ublk::volume::{Command, Volume, snapshots};
 
+use crate::snapshots::is_well;
 use crate::support_rng::Rng;
 use crate::volume_support::{Bench, block_on, buf_of, churn, compare, drain, get, on_lane, put};
 
@@ -21,12 +21,6 @@ fn to(bench: &Bench, size_bytes: u64, discard_tail: bool) -> Result<()> {
     let how = Options { size_bytes, discard_tail, nonce: Nonce::draw().unwrap() };
     let store = bench.store();
     block_on(resize(&*store, "vol", &how)).map(drop)
-}
-
-fn is_well(bench: &Bench) {
-    let store = bench.store();
-    let report = block_on(verify(&*store, "vol", &mut |_| {})).unwrap();
-    assert!(report.is_well(), "{report:#?}");
 }
 
 #[test]
@@ -81,7 +75,7 @@ fn a_volume_grows_while_it_is_written() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| compare(&e, &model, "from the store alone").await);
     host.detach().unwrap();
-    is_well(&bench);
+    is_well(&bench, "vol");
 }
 
 #[test]
@@ -131,7 +125,7 @@ fn a_detached_volume_shrinks_when_nothing_is_behind_its_end() {
     assert!(e.kind() == ErrorKind::Usage && e.to_string().contains("4096 bytes of data behind byte 20971520"), "{e}");
     assert_eq!(to(&bench, 20 * MIB + 1, true).unwrap_err().kind(), ErrorKind::Usage);
     to(&bench, 20 * MIB, true).unwrap();
-    is_well(&bench);
+    is_well(&bench, "vol");
     model.truncate(20 << 20);
     // Larger again, what was cut off is zeros; the snapshot has it still.
     for (size, resized) in [(20, false), (28, true)] {
@@ -156,5 +150,5 @@ fn a_detached_volume_shrinks_when_nothing_is_behind_its_end() {
     assert_eq!(view.volume().size_bytes(), 32 * MIB);
     on_lane(view.volume(), async |e| assert_eq!(get(&e, (20 << 20) / 4096 + 2).await, Ok(8)));
     view.detach().unwrap();
-    is_well(&bench);
+    is_well(&bench, "vol");
 }

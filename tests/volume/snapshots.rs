@@ -47,7 +47,7 @@ fn holds(bench: &Bench, name: &str, model: &[u8]) {
     host.detach().unwrap();
 }
 
-fn is_well(bench: &Bench, name: &str) {
+pub(crate) fn is_well(bench: &Bench, name: &str) {
     let report = block_on(verify(&*bench.store(), name, &mut |_| {})).unwrap();
     assert!(report.is_well(), "{name}: {report:#?}");
 }

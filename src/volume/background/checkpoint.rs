@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Background, Backoff, Event, PublishDone, Reply, SnapshotOrder, lost, no_trouble, trouble};
+use super::{Background, Backoff, Event, PublishDone, Reply, lost, no_trouble, trouble};
 use crate::checksum::sha256_hex;
 use crate::disk::Disk;
 use crate::error::{ErrorKind, Result};
-use crate::manifest::{By, Checkpoint, Image, Manifest, Part, Published, part_key};
+use crate::manifest::{Checkpoint, Image, Manifest, NO_ATTACHMENT, Part, Published, part_key, prefix};
 use crate::map::BaseImage;
 use crate::map::checkpoint::{Ident, encode_delta, encode_full};
 use crate::store::Store;
 use crate::time::Timer;
-use crate::units::{BLOCK, ChunkNo, GroupNo, Seq};
+use crate::units::{BLOCK, ChunkNo, GroupNo, Nonce, Seq};
 use crate::volume::Volume;
 use crate::volume::snapshots::{self, Wanted};
 
@@ -83,46 +83,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 backoff.pause(&timer).await;
             };
             Event::Published { published, done, replies }
-        });
-    }
-
-    /// The snapshots whose moment has been applied, for the next checkpoint, and who waits for them.
-    fn due_snapshots(&mut self, m: &Manifest) -> (Vec<Wanted>, Vec<Reply>) {
-        let applied = self.applied_seq;
-        let (due, later) = self.snapshots.drain(..).partition(|s| s.after <= applied);
-        self.snapshots = later;
-        let (mut wanted, mut replies) = (Vec::new(), Vec::new());
-        // Each is tried on what the others before it leave.
-        let mut tried = m.clone();
-        for SnapshotOrder { wanted: w, reply, .. } in due {
-            match snapshots::add(&mut tried, &w) {
-                Ok(()) => {
-                    wanted.push(w);
-                    replies.push(reply);
-                }
-                Err(e) => {
-                    let _ = reply.send(Err(e));
-                }
-            }
-        }
-        (wanted, replies)
-    }
-
-    /// Deletes a snapshot when the manifest is free.
-    pub(super) fn delete_snapshots(&mut self) {
-        if self.deletions.is_empty() {
-            return;
-        }
-        let Some(mut published) = self.published.take() else { return };
-        let Some((name, reply)) = self.deletions.pop_front() else { return };
-        let store = self.store.clone();
-        self.spawn(async move {
-            let result = snapshots::delete(&*store, &mut published, By::Attachment, &name).await;
-            let done = match result {
-                Err(e) if e.kind() == ErrorKind::Fenced => PublishDone::Fenced(e),
-                result => PublishDone::Changed(result),
-            };
-            Event::Published { published, done, replies: vec![reply] }
         });
     }
 
@@ -234,4 +194,22 @@ pub(in crate::volume) async fn put_parts(
         store.put(&format!("{prefix}{key}"), body).await?;
     }
     Ok(out)
+}
+
+/// Writes a map as a full image of its own, by whoever has not attached the volume: no attachment's epoch is in the keys, which must not
+/// pass for traces of one, and the nonce is of this very run, so that whoever else writes a checkpoint of that number writes other objects.
+///
+/// # Errors
+/// The store's.
+pub(in crate::volume) async fn put_unattached(
+    store: &dyn Store,
+    m: &Manifest,
+    image: &BaseImage,
+    number: u64,
+    nonce: Nonce,
+) -> Result<Image> {
+    let ident = Ident { volume: m.uuid, number };
+    let name = |part: usize| part_key(number, NO_ATTACHMENT, nonce, part);
+    let parts = put_parts(store, &prefix(&m.name), encode_full(image, ident, PART_BYTES), name).await?;
+    Ok(Image { number, parts, source: 0 })
 }

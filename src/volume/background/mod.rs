@@ -14,6 +14,7 @@
 pub(super) mod checkpoint;
 mod groups;
 pub(super) mod logcare;
+mod orders;
 mod resize;
 
 use std::collections::VecDeque;
@@ -24,11 +25,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::{mpsc, oneshot};
-use uuid::Uuid;
+use tokio::sync::mpsc;
+
+use orders::{Reply, SnapshotOrder, lost};
 
 use super::recover::StoreEnd;
-use super::snapshots::Wanted;
 use super::{Command, Volume};
 use crate::chunk::bodies::Bodies;
 use crate::chunk::pack::BuiltChunk;
@@ -93,17 +94,6 @@ pub(super) enum Event {
     },
     /// The volume is taken, or another's.
     Confirmed(Result<Box<Holding>>),
-}
-
-/// To whom the end of something is told.
-pub(super) type Reply = oneshot::Sender<Result<()>>;
-
-/// A snapshot that waits for its moment to be in the store.
-struct SnapshotOrder {
-    wanted: Wanted,
-    /// The last entry that had completed when it was asked for.
-    after: Seq,
-    reply: Reply,
 }
 
 /// How a checkpoint, a release or another change of the manifest ended.
@@ -326,24 +316,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
     }
 
-    fn command(&mut self, command: Option<Command>) {
-        match command {
-            Some(Command::Detach(reply)) => self.detach = Some(reply),
-            Some(Command::Snapshot { name, created, reply }) => {
-                let wanted = Wanted { name, id: Uuid::new_v4(), created };
-                self.snapshots.push(SnapshotOrder { wanted, after: self.volume.log.passed_seq(), reply });
-            }
-            Some(Command::Grow { size_bytes, reply }) => self.resizes.push_back((size_bytes, reply)),
-            Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
-            Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
-            Some(Command::Abandon) | None => {
-                self.volume.set_gone("it was abandoned");
-                self.volume.log.fail("the volume was abandoned");
-                self.finished = true;
-            }
-        }
-    }
-
     /// Starts what is due.
     fn step(&mut self) {
         let now = self.timer.now();
@@ -442,53 +414,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.volume.log.fail(e.to_string());
     }
 
-    /// There is nothing to upload and nothing to release.
-    fn let_go(&mut self) {
-        self.volume.set_gone("it was detached");
-        if let Some(reply) = self.detach.take() {
-            let _ = reply.send(Ok(()));
-        }
-        self.finished = true;
-    }
-
-    /// Who waits for what has not been begun.
-    fn orders(&mut self) -> Vec<Reply> {
-        let snapshots = self.snapshots.drain(..).map(|s| s.reply);
-        let deletions = self.deletions.drain(..).map(|d| d.1);
-        snapshots.chain(deletions).chain(self.resizes.drain(..).map(|r| r.1)).collect()
-    }
-
-    fn refuse_orders(&mut self) {
-        for (_, reply) in self.drains.drain(..) {
-            let _ = reply.send(Ok(()));
-        }
-        for reply in self.orders() {
-            let what = format!("{} is a snapshot, which never changes", self.volume.name());
-            let _ = reply.send(Err(Error::new(ErrorKind::Usage, what)));
-        }
-    }
-
-    /// The volume is another's: whoever waits is told, and a detach only ends.
-    fn give_up(&mut self) {
-        let drains = self.drains.drain(..).map(|d| d.1);
-        for reply in drains.collect::<Vec<_>>().into_iter().chain(self.orders()) {
-            let _ = reply.send(Err(lost(&self.volume)));
-        }
-        if let Some(reply) = self.detach.take() {
-            let _ = reply.send(Err(lost(&self.volume)));
-            self.finished = true;
-        }
-    }
-
-    fn answer_drains(&mut self) {
-        let done = self.applied_seq;
-        let (ready, waiting) = self.drains.drain(..).partition(|(seq, _)| *seq <= done);
-        self.drains = waiting;
-        for (_, reply) in ready {
-            let _ = reply.send(Ok(()));
-        }
-    }
-
     fn report(&mut self, now: Duration) {
         let oldest = self.groups.front().map(|g| g.since).or(self.uncut_since);
         let drain = self.drain_rate(now);
@@ -530,12 +455,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
         }
     }
-}
-
-/// What whoever waits for a volume that is gone is told.
-fn lost(v: &Volume) -> Error {
-    let reason = v.status().failure.unwrap_or_default();
-    Error::new(ErrorKind::Fenced, format!("volume {:?} was lost while it was attached: {reason}", v.name()))
 }
 
 /// How often in a row there was no manifest. Once may be an outage (a mount that is away, a proxy); several times are a deleted

@@ -1,5 +1,7 @@
 //! What there is of a volume in the store.
 
+use uuid::Uuid;
+
 use super::history::Named;
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
@@ -63,4 +65,28 @@ pub(super) async fn list_checkpoints(store: &dyn Store, name: &str) -> Result<Ve
         Some((hex()?, Epoch(hex()?), Nonce(hex()?)))
     };
     Ok(listed.iter().filter_map(|o| parse(&o.key)).collect())
+}
+
+/// Refuses what chunks do not say: what a clone began with, and what clones of the volume began with.
+///
+/// # Errors
+/// `Unsupported` for either; the store's.
+pub(super) async fn stands_alone(store: &dyn Store, name: &str, uuid: Uuid) -> Result<()> {
+    let all = store.list("", None).await.map_err(|e| e.context("looking for clones"))?;
+    let refs = all.iter().filter_map(|o| {
+        let volume = o.key.split_once("/refs/")?.0;
+        manifest::parse_ref_key(volume, &o.key).map(|(_, clone, id)| (volume, clone, id))
+    });
+    for (volume, clone, id) in refs {
+        let what = if id == uuid && volume != name {
+            format!("it is a clone of a snapshot of volume {volume:?}, and its chunks do not say of which")
+        } else if volume == name {
+            format!("volume {clone:?} was cloned from a snapshot of it, and its chunks do not say what that was")
+        } else {
+            continue;
+        };
+        let how = "only its manifest says so: put manifest.json back from a copy of the store";
+        return Err(Error::new(ErrorKind::Unsupported, format!("{what}; {how}")));
+    }
+    Ok(())
 }

@@ -6,12 +6,11 @@ use super::find::Found;
 use super::report::{ManifestState, Report};
 use super::{Job, Outcome};
 use crate::error::{ErrorKind, Result};
-use crate::manifest::{self, Checkpoint, Image, Manifest, NO_ATTACHMENT, Published, part_key};
+use crate::manifest::{self, Checkpoint, Manifest, Published};
 use crate::map::BaseImage;
-use crate::map::checkpoint::{Ident, encode_full};
 use crate::store::Precondition;
 use crate::units::GroupNo;
-use crate::volume::background::checkpoint::{PART_BYTES, put_parts};
+use crate::volume::background::checkpoint::put_unattached;
 use crate::volume::recover::StoreEnd;
 
 impl Job<'_> {
@@ -76,14 +75,9 @@ impl Job<'_> {
         if end.group == GroupNo(0) && image.mapped_blocks() == 0 {
             return Ok(None);
         }
-        let prefix = manifest::prefix(self.name);
-        let ident = Ident { volume: m.uuid, number };
-        // A nonce of this very run: whoever else writes a checkpoint of that number writes other objects. And no attachment's
-        // epoch: these keys must not pass for traces of one.
-        let name = |part: usize| part_key(number, NO_ATTACHMENT, self.opts.nonce, part);
-        let parts = put_parts(self.store, &prefix, encode_full(image, ident, PART_BYTES), name).await;
-        let parts = parts.map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
-        let full = Image { number, parts, source: 0 };
+        let full = put_unattached(self.store, m, image, number, self.opts.nonce)
+            .await
+            .map_err(|e| e.context(format!("writing the checkpoint of volume {:?}", self.name)))?;
         Ok(Some(Checkpoint { group: end.group, through: end.through, last_chunk: end.last_chunk, full, delta: None }))
     }
 
