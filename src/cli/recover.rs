@@ -211,9 +211,26 @@ fn end(run: &RunDir, state: &State) -> Result<()> {
     }
     let pid = Pid::from_raw(i32::try_from(state.pid).unwrap_or(0));
     match kill(pid, Signal::SIGKILL) {
-        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Ok(()) | Err(Errno::ESRCH) => await_end(state.pid, volume),
         Err(e) => Err(Error::io(format!("ending process {pid}, which serves volume {volume}"), e.into())),
     }
+}
+
+/// Waits until a process that was killed is dead: on a busy machine it may yet live for a while, and what lives is not taken over.
+fn await_end(pid: u32, volume: &VolumeName) -> Result<()> {
+    let begun = Instant::now();
+    while engine::is_alive(pid) {
+        if begun.elapsed() > DYING {
+            let what = format!(
+                "process {pid}, which serves volume {volume}, was killed and has not ended in {} s: when it has, `vb-ublk recover \
+                 --volume {volume}` takes up its device",
+                DYING.as_secs()
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        pause(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 impl How {
@@ -258,6 +275,15 @@ mod tests {
         assert_eq!(kind(&which(Some("v"), None)), Ok(1));
         // Its device is gone: of all there are, none.
         assert_eq!(kind(&which(None, None)), Ok(0));
+    }
+
+    #[test]
+    fn a_killed_process_may_take_a_while_to_end() {
+        let mut child = std::process::Command::new("sleep").arg("0.3").spawn().expect("a process");
+        let begun = Instant::now();
+        await_end(child.id(), &"v".parse().expect("name")).expect("it ends");
+        assert!(begun.elapsed() >= Duration::from_millis(200), "it was not waited for: {:?}", begun.elapsed());
+        child.wait().expect("its end");
     }
 
     #[test]
