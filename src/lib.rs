@@ -1,7 +1,7 @@
 //! vb-ublk: a block device whose data lives in an object store.
 //!
 //! The map of the house, from the outside in; knowledge flows downwards only:
-//! `cli → frontend → volume → wal, map, chunk, cache, manifest → disk, store → units, error, config`. Beside them
+//! `cli → frontend → volume → gc → wal, map, chunk, cache, manifest → disk, store → units, error, config`. Beside them
 //! [`image`]: what a volume is imported from and exported to.
 //! `docs/ARCHITECTURE.md` follows a write through these rooms.
 
@@ -13,6 +13,7 @@ pub mod config;
 pub mod disk;
 pub mod error;
 pub mod frontend;
+pub mod gc;
 pub mod image;
 pub mod lane;
 pub mod manifest;

@@ -237,22 +237,29 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> 
     if let Some(base) = newest {
         return Ok(base);
     }
-    let at = match src.maps.base_lookup(block) {
-        BaseState::Unmapped => return Ok(Base { data: None, mask: 0xff }),
-        BaseState::At(at) => at,
-    };
-    match src.reader.read(at, block, 1).await {
-        Ok(b) => {
-            let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
-            Ok(Base { data: Some(b.data), mask })
+    let mut tried = None;
+    loop {
+        let at = match src.maps.base_lookup(block) {
+            BaseState::Unmapped => return Ok(Base { data: None, mask: 0xff }),
+            BaseState::At(at) => at,
+        };
+        match src.reader.read(at, block, 1).await {
+            Ok(b) => {
+                let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
+                return Ok(Base { data: Some(b.data), mask });
+            }
+            // Damage that was read twice. All else is tried again: an object that is not there may be a store that is not,
+            // and a newer program's chunk is whole.
+            Err(e) if e.kind() == ErrorKind::Corrupt => {
+                tracing::error!(
+                    "block {block} cannot be read to merge a partial write: {e}; its other sectors are lost"
+                );
+                return Ok(Base { data: None, mask: 0 });
+            }
+            // Garbage collection may have put it elsewhere.
+            Err(e) if e.kind() == ErrorKind::NotFound && tried != Some(at) => tried = Some(at),
+            Err(e) => return Err(e),
         }
-        // Damage that was read twice. All else is tried again: an object that is not there may be a store that is not,
-        // and a newer program's chunk is whole.
-        Err(e) if e.kind() == ErrorKind::Corrupt => {
-            tracing::error!("block {block} cannot be read to merge a partial write: {e}; its other sectors are lost");
-            Ok(Base { data: None, mask: 0 })
-        }
-        Err(e) => Err(e),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::store::Store;
 use crate::units::{BLOCK, BlockNo, ChunkNo, SECTORS_PER_BLOCK};
 
 /// The mask of a block with all its sectors.
-pub(super) const WHOLE: u8 = 0xff;
+pub(crate) const WHOLE: u8 = 0xff;
 /// Parsed headers kept in memory: at most about 30 KiB each.
 const HEADERS_KEPT: usize = 256;
 
@@ -198,7 +198,7 @@ impl ChunkReader {
 
 /// The check that every block passes before it is handed out: the mask of its good sectors ([`WHOLE`] for all), or
 /// `None` when stored block `n` is not the volume's `block` as it was packed.
-pub(super) fn good_sectors(header: &ChunkHeader, n: usize, block: BlockNo, data: &[u8]) -> Option<u8> {
+pub(crate) fn good_sectors(header: &ChunkHeader, n: usize, block: BlockNo, data: &[u8]) -> Option<u8> {
     if header.crcs.get(n).is_none_or(|crc| header::block_crc(block, data) != *crc) {
         return None;
     }
@@ -232,7 +232,7 @@ pub async fn fetch_header(store: &dyn Store, key: &str) -> Result<ChunkHeader> {
 }
 
 /// The same of bytes that were read.
-pub(super) fn parse_header(key: &str, bytes: &[u8]) -> Result<ChunkHeader> {
+pub(crate) fn parse_header(key: &str, bytes: &[u8]) -> Result<ChunkHeader> {
     let h = ChunkHeader::decode(bytes).map_err(|e| Error::from(e).context(format!("reading the header of {key}")))?;
     let name = key.rsplit('/').next().unwrap_or(key);
     if header::parse_key(name) != Some((h.chunk, h.epoch, h.nonce)) {

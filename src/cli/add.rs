@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::args::{AddArgs, MAX_QUEUES};
 use super::claim::take;
-use super::engine::{self, AttachOptions, CreateOptions, DeviceSpec};
+use super::engine::{self, AttachOptions, Collect, CreateOptions, DeviceSpec};
 use super::output::print;
 use super::place::{DEFAULT_WAL, absolute, not_on_ublk, wal_device, wal_file};
 use super::recover;
@@ -140,6 +140,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
         resume: false,
         accept_loss: args.accept_loss,
+        gc: Collect::default(),
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);

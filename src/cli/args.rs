@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
-pub(crate) use store::{CloneArgs, ExportArgs, ImportArgs, RebuildArgs, SnapshotCommand, VolumeCommand, WalCommand};
+pub(crate) use store::{
+    CloneArgs, ExportArgs, GcArgs, ImportArgs, RebuildArgs, SnapshotCommand, VolumeCommand, WalCommand,
+};
 
 use crate::config::{ByteSize, VolumeName};
 
@@ -98,6 +100,10 @@ pub(crate) enum Command {
     Snapshot(SnapshotCommand),
     /// Make a volume that begins as a snapshot of another one; at once, whatever its size
     Clone(CloneArgs),
+    /// Bring back the space in the store of what was overwritten or discarded
+    ///
+    /// A volume that is attached does this by itself, when there is much of it.
+    Gc(GcArgs),
     /// Make a new volume from a disk image: a file, a block device or a pipe
     ///
     /// Zeros are not stored. The volume is there when all of the image is in the store, and not before.

@@ -68,6 +68,8 @@ pub(super) enum Order {
         /// Its size from then on, in bytes.
         size_bytes: u64,
     },
+    /// Bring back the space of what was overwritten or discarded.
+    CollectGarbage,
     /// Delete a snapshot.
     DeleteSnapshot {
         /// Its name.

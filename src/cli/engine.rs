@@ -16,11 +16,12 @@ use crate::disk::file::DataFile;
 use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
+use crate::gc;
 use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
-use crate::units::Nonce;
+use crate::units::{BLOCK, ChunkNo, Nonce};
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
 use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
@@ -28,6 +29,7 @@ use crate::wal;
 
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
+pub(super) use crate::gc::Policy as Collect;
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
@@ -194,6 +196,22 @@ pub(super) fn verify(
     with_policy(Policy::long_run(), url, opts, async |s| verify::verify(s, name, told).await)
 }
 
+/// What a volume takes in the store, as of its last checkpoint.
+pub(super) fn garbage(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Value> {
+    let (known, orphans, m) = with_policy(Policy::long_run(), url, opts, async |s| gc::scan::look(s, name).await)?;
+    let last = m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk);
+    let space = known.usage.space(&known.held, last);
+    let bytes = |blocks: u64| blocks * BLOCK as u64;
+    Ok(serde_json::json!({
+        "volume": name,
+        "stored_bytes": bytes(space.stored),
+        "live_bytes": bytes(space.live),
+        "snapshot_bytes": bytes(space.held),
+        "garbage_bytes": bytes(space.garbage),
+        "orphans": orphans.len(),
+    }))
+}
+
 /// How to rebuild a volume.
 pub(super) struct RebuildOptions {
     pub(super) force: bool,
@@ -261,6 +279,7 @@ impl View {
         self.0.ask(|reply| match order.clone() {
             Order::Snapshot { name, created } => Command::Snapshot { name, created, reply },
             Order::Grow { size_bytes } => Command::Grow { size_bytes, reply },
+            Order::CollectGarbage => Command::CollectGarbage(reply),
             Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },
         })
     }

@@ -7,6 +7,7 @@
 mod add;
 mod args;
 mod claim;
+mod collect;
 mod control;
 mod daemonize;
 mod del;
@@ -90,6 +91,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Volume(command) => volume::run(&settings, command),
         Command::Snapshot(command) => snapshot::run(&settings, command),
         Command::Clone(args) => snapshot::clone(&settings, args),
+        Command::Gc(args) => collect::run(&settings, args),
         Command::Import(args) => import::run(&settings, args),
         Command::Export(args) => export::run(&settings, args),
         Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),

@@ -79,6 +79,7 @@ fn text(r: &Rebuilt) -> String {
         human_bytes(r.mapped_blocks * BLOCK as u64),
         match r.map_from {
             MapFrom::Checkpoint => "its good checkpoint and what came after it",
+            MapFrom::Copy => "the map that garbage collection keeps and what came after it",
             MapFrom::Chunks => "its chunks alone",
         },
         r.chunks

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::add::limit;
 use super::args::WhichArgs;
-use super::engine::{self, AttachOptions, DeviceSpec};
+use super::engine::{self, AttachOptions, Collect, DeviceSpec};
 use super::output::print;
 use super::serve::{self, Plan};
 use super::settings::Settings;
@@ -150,6 +150,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             io_timeout: limit(how.io_timeout),
             resume: true,
             accept_loss: false,
+            gc: Collect::default(),
         },
         create: None,
         spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },

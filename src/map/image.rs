@@ -298,6 +298,36 @@ impl BaseImage {
         out.0
     }
 
+    /// Rows of leaves, for [`Self::changes_in_row`].
+    pub(crate) const fn rows(&self) -> u64 {
+        self.leaf_count().div_ceil(ROW_LEAVES)
+    }
+
+    /// Tells what one row of leaves names in `old` and not, or no more, in `new` (`false`), and the other way round (`true`): each
+    /// stretch by its first location and its blocks. What is in both may be told of both ways. Shared pages cost nothing.
+    pub(crate) fn changes_in_row(old: &Self, new: &Self, row: u64, mut tell: impl FnMut(Location, u32, bool)) {
+        let mut all = |leaf: &Leaf, come: bool| {
+            leaf.stretches(0, BLOCKS, |_, len, raw| {
+                if let Some(at) = Location::from_raw(raw) {
+                    tell(at, len as u32, come);
+                }
+            });
+        };
+        for (a, b) in old.shards.iter().zip(&new.shards) {
+            if a.same_page(b, row as usize) {
+                continue;
+            }
+            for local in row as usize * PAGE_LEAVES..(row as usize + 1) * PAGE_LEAVES {
+                let (a, b) = (a.get(local), b.get(local));
+                if !a.same(b) {
+                    // What comes is counted first: nothing is ever less than none.
+                    all(b, true);
+                    all(a, false);
+                }
+            }
+        }
+    }
+
     /// Lays runs over the image, in turn.
     ///
     /// # Panics

@@ -31,6 +31,7 @@ pub mod checkpoint;
 mod image;
 mod leaf;
 mod location;
+mod moves;
 mod overlay;
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,7 @@ use overlay::{Extent, LeafOverlay};
 pub use builder::ImageBuilder;
 pub use image::{BaseImage, Run};
 pub use location::{Location, MAX_CHUNK, MAX_SOURCE};
+pub use moves::Move;
 pub use types::{
     BaseState, Entry, EntryKind, GroupExtent, GroupUpdate, LeafForms, LogBlock, MapStats, Piece, PinLog, Source,
 };

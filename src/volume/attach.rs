@@ -18,6 +18,7 @@ use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
+use crate::gc::Policy;
 use crate::manifest::{Manifest, Published, Writer};
 use crate::store::Store;
 use crate::time::Timer;
@@ -35,6 +36,8 @@ pub struct Request {
     pub read_only: bool,
     /// How long a request may wait for the store; none: as long as it takes.
     pub io_timeout: Option<Duration>,
+    /// How garbage is collected.
+    pub gc: Policy,
     /// Who we are, for the manifest.
     pub writer: Writer,
     /// This attachment's nonce.
@@ -146,6 +149,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         logical_block: before.logical_block,
         read_only: request.read_only,
         io_timeout: request.io_timeout,
+        gc: request.gc.clone(),
         store_url: store.url(),
         log,
         log_file: file,

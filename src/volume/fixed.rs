@@ -14,6 +14,7 @@ use super::start::{Place, start_log};
 use crate::disk::file::DataFile;
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::gc::Policy;
 use crate::manifest::Published;
 use crate::map::Maps;
 use crate::store::Store;
@@ -67,6 +68,7 @@ pub(super) async fn open(
         logical_block: m.logical_block,
         read_only: true,
         io_timeout,
+        gc: Policy::off(),
         store_url: store.url(),
         log,
         log_file: file,

@@ -20,6 +20,7 @@ use crate::chunk::reader::ChunkReader;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::gc;
 use crate::manifest::{Published, Writer};
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
@@ -61,6 +62,8 @@ pub struct AttachOptions {
     pub resume: bool,
     /// End a damaged log before its damage, and lose what lies behind.
     pub accept_loss: bool,
+    /// How garbage is collected.
+    pub gc: gc::Policy,
 }
 
 /// An attached volume with its threads.
@@ -213,7 +216,8 @@ fn stores(backend: &Arc<Metrics>) -> Stores {
 
 fn request(opts: &AttachOptions) -> Result<Request> {
     let nonce = Nonce::draw().context(|| "drawing a nonce")?;
-    Ok(Request { force: opts.force, read_only: opts.read_only, io_timeout: opts.io_timeout, writer: who(), nonce })
+    let gc = if opts.read_only { gc::Policy::off() } else { opts.gc.clone() };
+    Ok(Request { force: opts.force, read_only: opts.read_only, io_timeout: opts.io_timeout, gc, writer: who(), nonce })
 }
 
 fn salts() -> Box<dyn FnMut() -> u64 + Send> {

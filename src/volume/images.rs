@@ -14,7 +14,7 @@ use crate::units::BLOCK;
 const PARALLEL_PARTS: usize = 4;
 
 /// The volume's base map as its last checkpoint has it.
-pub(super) struct Images {
+pub(crate) struct Images {
     /// The newest full image, without its delta: what the next delta is reckoned from.
     pub full: BaseImage,
     /// The map itself.
@@ -34,7 +34,7 @@ pub(super) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Image
 ///
 /// # Errors
 /// As [`load_images`].
-pub(super) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&Checkpoint>) -> Result<Images> {
+pub(crate) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&Checkpoint>) -> Result<Images> {
     let blocks = m.size_bytes / BLOCK as u64;
     let Some(c) = c else {
         let empty = BaseImage::empty(blocks);

@@ -65,6 +65,15 @@ struct Pin<'a> {
     block: u32,
 }
 
+/// Gives back the pins of pieces that are not read after all.
+fn unpin(log: &Log, pieces: &[Piece]) {
+    for p in pieces {
+        if let Source::Log { blk, .. } = p.what {
+            log.unpin(blk.0);
+        }
+    }
+}
+
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         self.log.unpin(self.block);
@@ -213,11 +222,42 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         Ok(())
     }
 
+    /// The chunk is not in the store: garbage collection may have put its blocks elsewhere since they were looked up.
+    async fn read_moved(&self, lba: Lba, at: Location, dst: IoBuf) -> Result<(), IoFault> {
+        let mut pieces = Vec::new();
+        let sectors = (dst.len() / SECTOR) as u64;
+        self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
+        if pieces
+            .iter()
+            .any(|p| matches!(p.what, Source::Chunk(now) | Source::Damaged(now) if now.chunk() == at.chunk()))
+        {
+            tracing::error!("block {} lies in chunk {}, which is not in the store", lba.block(), at.chunk());
+            unpin(&self.volume.log, &pieces);
+            return Err(IoFault::Io);
+        }
+        // Each time round the map has changed: it comes to an end.
+        Box::pin(self.pieces(lba, &pieces, &dst)).await
+    }
+
+    /// Reads all pieces of a range, which are pinned.
+    async fn pieces(&self, lba: Lba, pieces: &[Piece], dst: &IoBuf) -> Result<(), IoFault> {
+        let part = |p: &Piece| {
+            let from = (p.lba.0 - lba.0) as usize * SECTOR;
+            dst.slice(from..from + p.sectors as usize * SECTOR)
+        };
+        match pieces {
+            [one] => self.piece(*one, dst.clone()).await,
+            // All of them, whatever becomes of one: a piece that is still being read owns its part of the buffer.
+            many => join_all(many.iter().map(|p| self.piece(*p, part(p)))).await.into_iter().collect(),
+        }
+    }
+
     async fn read_stored(&self, lba: Lba, at: Location, dst: IoBuf) -> Result<(), IoFault> {
         let first = lba.0 % SECTORS_PER_BLOCK;
         let sectors = (dst.len() / SECTOR) as u64;
         let blocks = (first + sectors).div_ceil(SECTORS_PER_BLOCK);
-        let Blocks { data, bad } = self.within(self.volume.read_chunk(at, lba.block(), blocks as u16)).await?;
+        let read = self.within(self.volume.read_chunk(at, lba.block(), blocks as u16)).await?;
+        let Some(Blocks { data, bad }) = read else { return self.read_moved(lba, at, dst).await };
         for (i, mask) in bad {
             let start = (i as u64 * SECTORS_PER_BLOCK).max(first);
             let end = ((i as u64 + 1) * SECTORS_PER_BLOCK).min(first + sectors);
@@ -242,15 +282,7 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
         }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
         self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
-        let part = |p: &Piece| {
-            let from = (p.lba.0 - lba.0) as usize * SECTOR;
-            dst.slice(from..from + p.sectors as usize * SECTOR)
-        };
-        let result = match pieces.as_slice() {
-            [one] => self.piece(*one, dst.clone()).await,
-            // All of them, whatever becomes of one: a piece that is still being read owns its part of the buffer.
-            many => join_all(many.iter().map(|p| self.piece(*p, part(p)))).await.into_iter().collect(),
-        };
+        let result = self.pieces(lba, &pieces, &dst).await;
         pieces.clear();
         self.spare.borrow_mut().push(pieces);
         result

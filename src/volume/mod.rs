@@ -31,7 +31,7 @@ pub mod engine;
 pub mod export;
 mod fixed;
 pub mod host;
-mod images;
+pub(crate) mod images;
 pub mod import;
 pub mod lane;
 pub mod rebuild;
@@ -57,6 +57,7 @@ use uuid::Uuid;
 use crate::chunk::reader::Blocks;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
+use crate::gc::Policy;
 use crate::map::{Location, Maps};
 use crate::store::metrics::{Metrics, Snapshot};
 use crate::units::{BlockNo, SECTOR};
@@ -108,6 +109,8 @@ pub enum Command {
         /// The answer.
         reply: oneshot::Sender<Result<()>>,
     },
+    /// Bring back the space of all that was overwritten or discarded. Answered when there is none left.
+    CollectGarbage(oneshot::Sender<Result<()>>),
     /// Delete a snapshot, unless a clone needs it.
     DeleteSnapshot {
         /// Its name.
@@ -137,6 +140,28 @@ pub struct BackgroundStatus {
     /// For how many seconds it has been so.
     #[serde(default)]
     pub store_trouble_secs: Option<f64>,
+    /// What the volume takes in the store; absent until somebody has looked.
+    #[serde(default)]
+    pub space: Option<SpaceStatus>,
+}
+
+/// What a volume's chunks take in the store as of its last checkpoint, and what garbage collection has done since the attach.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceStatus {
+    /// All chunks of the volume's own, in bytes.
+    pub stored_bytes: u64,
+    /// What the map names of them.
+    pub live_bytes: u64,
+    /// What snapshots alone name.
+    pub snapshot_bytes: u64,
+    /// What nothing names, and what is lost to chunks that are not full.
+    pub garbage_bytes: u64,
+    /// Bytes that garbage collection has read from the store.
+    pub gc_read_bytes: u64,
+    /// Bytes of chunks that it has written.
+    pub gc_written_bytes: u64,
+    /// Objects that it has deleted.
+    pub gc_deleted_objects: u64,
 }
 
 /// An attached volume, as people see it.
@@ -187,6 +212,7 @@ pub struct Volume {
     size_bytes: AtomicU64,
     logical_block: u32,
     read_only: bool,
+    pub(crate) gc: Policy,
     store_url: String,
     pub(crate) log: Arc<Log>,
     log_file: Arc<DataFile>,
@@ -215,6 +241,7 @@ pub(crate) struct Parts {
     pub logical_block: u32,
     pub read_only: bool,
     pub io_timeout: Option<Duration>,
+    pub gc: Policy,
     pub store_url: String,
     pub log: Log,
     pub log_file: Arc<DataFile>,
@@ -226,13 +253,15 @@ impl Volume {
     pub(crate) fn new(p: Parts) -> (Arc<Self>, mpsc::Receiver<ReadRequest>, mpsc::Receiver<Command>) {
         let (reads, reads_out) = mpsc::channel(READ_QUEUE);
         let (commands, commands_out) = mpsc::channel(COMMAND_QUEUE);
-        let Parts { name, uuid, size_bytes, logical_block, read_only, io_timeout, store_url, log, log_file, maps } = p;
+        let Parts { name, uuid, size_bytes, logical_block, read_only, io_timeout, gc, store_url, log, log_file, maps } =
+            p;
         let volume = Self {
             name,
             uuid,
             size_bytes: size_bytes.into(),
             logical_block,
             read_only,
+            gc,
             store_url,
             log: Arc::new(log),
             log_file,
@@ -340,8 +369,8 @@ impl Volume {
         let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
     }
 
-    /// Blocks of a chunk, by way of the store threads.
-    async fn read_chunk(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Blocks, IoFault> {
+    /// Blocks of a chunk, by way of the store threads; `None` when the chunk is not there (any more).
+    async fn read_chunk(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Option<Blocks>, IoFault> {
         let (reply, answer) = oneshot::channel();
         let request = ReadRequest { at, first, blocks, reply };
         if self.reads.send(request).await.is_err() {
@@ -353,7 +382,11 @@ impl Volume {
             Either::Right(_) => return Err(IoFault::Gone),
         };
         match answer {
-            Ok(Ok(blocks)) => Ok(blocks),
+            Ok(Ok(blocks)) => Ok(Some(blocks)),
+            Ok(Err(e)) if e.kind() == ErrorKind::NotFound => {
+                tracing::debug!("reading block {first} of volume {}: {e}", self.name);
+                Ok(None)
+            }
             Ok(Err(e)) => {
                 tracing::error!("reading block {first} of volume {} from the store failed: {e}", self.name);
                 Err(IoFault::Io)

@@ -46,6 +46,7 @@
 mod find;
 mod groups;
 mod history;
+mod kept;
 mod local;
 mod report;
 mod write;
@@ -58,6 +59,7 @@ use uuid::Uuid;
 use find::{Found, find_manifest, list_checkpoints, list_chunks, stands_alone};
 use groups::{Assembled, Ground, Looked, assemble, look};
 use history::{Attachment, Named, Rules};
+use kept::Kept;
 pub use local::LocalLog;
 use local::{Standing, judge, log_fate};
 pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
@@ -182,6 +184,12 @@ impl Job<'_> {
             }
             Err(e) if e.kind() == ErrorKind::Corrupt => {
                 notes.push(e.to_string());
+                let copy = kept::newest(self.store, self.name).await?.filter(|c| c.uuid == m.uuid);
+                if let Some(copy) = copy {
+                    let kept = kept::map_of(self.store, copy, named).await?;
+                    let from = if kept.of_chunks { MapFrom::Chunks } else { MapFrom::Copy };
+                    return self.known_from(m, named, (kept.maps(m.size_bytes), kept.end(), from), notes, told).await;
+                }
                 // A clone begins as the snapshot that it was made from.
                 if let Some(parent) = m.parents.first() {
                     maps.load_base(&load_checkpoint(self.store, m, parent.checkpoint.as_ref()).await?.current);
@@ -190,6 +198,19 @@ impl Job<'_> {
             }
             Err(e) => return Err(e),
         };
+        self.known_from(m, named, (maps, start, map_from), notes, told).await
+    }
+
+    /// By the manifest's history, from a map on.
+    async fn known_from(
+        &self,
+        m: &Manifest,
+        named: &[Named],
+        (maps, start, map_from): (Maps, StoreEnd, MapFrom),
+        mut notes: Vec<String>,
+        told: &mut dyn FnMut(Progress),
+    ) -> Result<Outcome> {
+        let ours = self.log.filter(|l| l.is_ours(m));
         let wanted = checkpoint_end(m);
         // After a clean detach nothing behind the checkpoint counts.
         let until = if m.writer.is_none() { wanted.last_chunk } else { ChunkNo(u64::MAX) };
@@ -294,27 +315,41 @@ impl Job<'_> {
     /// By what the chunks tell.
     async fn inferred(&self, named: &[Named], told: &mut dyn FnMut(Progress)) -> Result<Outcome> {
         let checkpoints = list_checkpoints(self.store, self.name).await?;
+        let kept = match kept::newest(self.store, self.name).await? {
+            Some(copy) => Some(kept::map_of(self.store, copy, named).await?),
+            None => None,
+        };
+        let copy = kept.as_ref().map(|k| &k.manifest);
+        let start = kept.as_ref().map_or(NOWHERE, Kept::end);
+        // What is not behind the copy's checkpoint is in its map, and what came after it is not of those who came before.
+        let since = copy.map_or(Epoch(0), |c| c.epoch);
+        let behind_copy: Vec<Named> =
+            named.iter().copied().filter(|n| n.chunk > start.last_chunk && n.epoch >= since).collect();
+        let named = &behind_copy[..];
         let mut attachments = history::attachments(named)?;
         let volume = self.ask_firsts(&mut attachments).await?;
+        let volume = copy.map(|c| c.uuid).or(volume);
         history::limit(&mut attachments);
-        if named.is_empty() && self.log.is_none() {
+        if named.is_empty() && self.log.is_none() && copy.is_none() {
             let what = "there is nothing to rebuild it from, no chunk and no log: see `vb-ublk volume list`, or create it anew";
             return Err(Error::new(ErrorKind::NotFound, what));
         }
         let log = self.log.filter(|l| volume.is_none_or(|v| v == l.superblock.volume));
         if let Some(uuid) = volume.or(log.map(|l| l.superblock.volume)) {
-            stands_alone(self.store, self.name, uuid).await?;
+            stands_alone(self.store, self.name, uuid, copy).await?;
         }
         let (size, logical_block) = self.sizes(log)?;
-        let mut draft = Manifest::new(
-            self.name,
-            size.unwrap_or(MAX_VOLUME_BYTES),
-            logical_block.unwrap_or(512),
-            self.opts.now_unix,
-        );
+        let (size, logical_block) =
+            (size.or(copy.map(|c| c.size_bytes)), logical_block.or(copy.map(|c| c.logical_block)));
+        let mut draft = copy.cloned().unwrap_or_else(|| {
+            let (size, block) = (size.unwrap_or(MAX_VOLUME_BYTES), logical_block.unwrap_or(512));
+            Manifest::new(self.name, size, block, self.opts.now_unix)
+        });
+        draft.size_bytes = size.unwrap_or(draft.size_bytes);
         draft.uuid = volume.or(log.map(|l| l.superblock.volume)).unwrap_or(draft.uuid);
         let traces = checkpoints.iter().map(|c| (c.1, c.2)).filter(|c| c.0 != NO_ATTACHMENT);
-        let epochs = || attachments.iter().map(|a| (a.epoch, a.nonce)).chain(traces.clone());
+        let older = copy.iter().flat_map(|c| &c.history).map(|h| (h.epoch, h.nonce));
+        let epochs = || attachments.iter().map(|a| (a.epoch, a.nonce)).chain(traces.clone()).chain(older.clone());
         let newest = epochs().map(|e| e.0).max().unwrap_or_default();
         let log = log.filter(|l| l.superblock.confirmed != Nonce(0));
         let mut standing = log.map(|l| match epochs().filter(|e| e.1 == l.superblock.confirmed).map(|e| e.0).max() {
@@ -336,8 +371,8 @@ impl Job<'_> {
             store: self.store,
             draft: &draft,
             volume: None,
-            maps: Maps::new(sectors),
-            start: NOWHERE,
+            maps: kept.as_ref().map_or_else(|| Maps::new(sectors), |k| k.maps(draft.size_bytes)),
+            start,
             packed: log.map(|l| l.packed),
         };
         let mut a = assemble(ground(), named, &rules, told).await?;
@@ -384,8 +419,8 @@ impl Job<'_> {
                 format!("epoch {newest} is among the chunks, too high to be followed by another: it cannot be one");
             return Err(Error::new(ErrorKind::Corrupt, what));
         }
-        let mut history = Vec::new();
-        for at in &attachments {
+        let mut history = copy.map_or_else(Vec::new, |c| c.history.clone());
+        for at in attachments.iter().filter(|a| copy.is_none_or(|c| a.epoch > c.epoch)) {
             let share = a.shares.iter().find(|s| s.epoch == at.epoch);
             let first = share.map(|s| s.first);
             history.push(manifest::EpochEntry { epoch: at.epoch, nonce: at.nonce, first });
@@ -400,10 +435,13 @@ impl Job<'_> {
             writer: continues.filter(|l| l.goes_on(a.end.through)).map(|_| self.opts.writer.clone()),
             ..draft
         };
-        notes.push(
+        notes.push(if copy.is_some() {
+            "metadata and snapshots are as garbage collection has kept them: what was changed of them since is lost"
+                .to_owned()
+        } else {
             "what was kept as metadata in the manifest, its snapshots, and when the volume was created, are lost"
-                .to_owned(),
-        );
+                .to_owned()
+        });
         if continues.is_none() {
             notes.push(
                 "what had not been uploaded is in no log here: if another host had the volume last, rebuild it there instead, with its log"
@@ -411,7 +449,8 @@ impl Job<'_> {
             );
         }
         let number = checkpoints.iter().map(|c| c.0).max().unwrap_or(0) + 1;
-        let (log, map_from) = (fate, MapFrom::Chunks);
+        let map_from = if kept.as_ref().is_some_and(|k| !k.of_chunks) { MapFrom::Copy } else { MapFrom::Chunks };
+        let log = fate;
         Ok(Outcome { manifest, assembled: a, map_from, checkpoint_number: number, given_up, lost, log, notes })
     }
 

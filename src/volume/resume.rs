@@ -69,6 +69,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         logical_block: sb.current.logical_block,
         read_only: request.read_only,
         io_timeout: request.io_timeout,
+        gc: request.gc.clone(),
         store_url: stores.background.url(),
         log,
         log_file: file,

@@ -149,3 +149,38 @@ fn the_same_seed_is_the_same_run() {
     assert_eq!(run(7), run(7));
     assert_ne!(run(7), run(8));
 }
+
+/// Garbage is collected all the time, with snapshots that come and go: nothing that anybody can reach is deleted, whoever dies when.
+#[test]
+fn what_is_collected_is_garbage() {
+    let mut all = world::Seen::default();
+    for seed in seeds(150) {
+        let _named = Named(seed);
+        let world = World::collecting(seed);
+        let one = seed.is_multiple_of(2);
+        let load = Load {
+            lanes: 1,
+            workers: if one { 1 } else { 3 },
+            requests: if one { 120 } else { 60 },
+            breaks: seed % 7 == 6,
+        };
+        for _ in 0..3 {
+            if seed % 3 == 1 {
+                world.life_with_take_over(Load { breaks: false, ..load }, 200 + world.draw(2500));
+            } else {
+                world.life(load, 1 + world.draw(2500));
+            }
+            world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
+        }
+        world.life(Load { requests: 40, breaks: false, ..load }, u64::MAX);
+        world.look_at_snapshots();
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+        world.look_at_snapshots();
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        let enough = all.judged > 500 && all.deleted > 1000 && all.moved > 500 && all.snapshots > 300 && all.exact > 50;
+        assert!(enough, "{all:?}");
+    }
+}

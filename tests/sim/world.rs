@@ -1,6 +1,7 @@
 //! What outlives a crash, and one life of a volume in it.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -9,12 +10,15 @@ use tempfile::TempDir;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::error::{ErrorKind, Result};
+use vb_ublk::gc::Policy;
+use vb_ublk::image::ImageSink;
 use vb_ublk::manifest::{Published, Writer};
 use vb_ublk::store::Store;
 use vb_ublk::units::{Lba, Nonce, SECTOR};
 use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::attach::{Attached, OpenLog, Request, Stores, attach};
 use vb_ublk::volume::engine::{Engine, IoFault};
+use vb_ublk::volume::export::{Base, export};
 use vb_ublk::volume::host::{keep_log, serve_reads};
 use vb_ublk::volume::lane::VolumeLane;
 use vb_ublk::volume::resume::resume;
@@ -70,6 +74,12 @@ pub(crate) struct Seen {
     pub(crate) broken: u64,
     /// Lives that went on from the log, and had served before the store had been asked.
     pub(crate) resumed: u64,
+    /// Objects that garbage collection has deleted, and bytes that it has written.
+    pub(crate) deleted: u64,
+    pub(crate) moved: u64,
+    /// Snapshots that were read in the end, and those of which it was known what they have to hold.
+    pub(crate) snapshots: u64,
+    pub(crate) exact: u64,
 }
 
 impl Seen {
@@ -84,6 +94,10 @@ impl Seen {
             stopped: self.stopped + b.stopped,
             broken: self.broken + b.broken,
             resumed: self.resumed + b.resumed,
+            deleted: self.deleted + b.deleted,
+            moved: self.moved + b.moved,
+            snapshots: self.snapshots + b.snapshots,
+            exact: self.exact + b.exact,
         }
     }
 }
@@ -107,6 +121,9 @@ struct Shared {
     /// Whether the disk of the present life has failed: from then on writes and flushes may fail.
     broken: Cell<bool>,
     seen: Cell<Seen>,
+    gc: Policy,
+    /// By name: what a snapshot has to hold, where it is known.
+    snapshots: RefCell<BTreeMap<String, Option<Vec<u64>>>>,
 }
 
 pub(crate) struct World {
@@ -225,6 +242,38 @@ impl Shared {
         Ok(())
     }
 
+    /// Makes a snapshot, deletes one, or has the garbage collected.
+    async fn keep_house(&self, volume: &Volume, me: u32, alone: bool) -> Outcome<()> {
+        let name = format!("s{}", self.below(6));
+        let there = self.snapshots.borrow().contains_key(&name);
+        let done = match self.below(3) {
+            0 => volume.command(Command::CollectGarbage).await,
+            _ if there => {
+                // Whatever comes of it: it may be gone from now on.
+                self.snapshots.borrow_mut().remove(&name);
+                volume.command(|reply| Command::DeleteSnapshot { name, reply }).await
+            }
+            _ => {
+                let now: Vec<u64> = (0..SECTORS).map(|s| self.oracle.borrow().expected(s)).collect();
+                let done = volume.command(|reply| Command::Snapshot { name: name.clone(), created: 1, reply }).await;
+                if done.is_ok() && self.owner.get() == Some(me) {
+                    self.snapshots.borrow_mut().insert(name, alone.then_some(now));
+                }
+                done
+            }
+        };
+        match done {
+            Err(e) if self.owner.get() != Some(me) || volume.is_gone() => {
+                let _ = e;
+                Err(IoFault::Gone)
+            }
+            // One that was made by a process that did not live to hear of it.
+            Err(e) if e.kind() == ErrorKind::Exists || e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => panic!("{e}"),
+            Ok(()) => Ok(()),
+        }
+    }
+
     /// What a host that has lost the volume still does: none of it may ever show.
     async fn haunt(&self, lane: &Lane) {
         let (lba, sectors) = (self.below(SECTORS - 8), 1 + self.below(8));
@@ -245,6 +294,15 @@ impl Shared {
             }
             if self.owner.get().is_some_and(|o| o != me) {
                 self.haunt(lane).await;
+                continue;
+            }
+            if self.gc.enabled && self.below(14) == 0 {
+                // What failed is in doubt.
+                let alone = life.load.workers == 1 && life.load.lanes == 1 && !self.broken.get();
+                if let Err(e) = self.keep_house(volume, me, alone).await {
+                    let may = self.broken.get() || self.owner.get() != Some(me);
+                    assert!(may, "nothing fails here, and this did: {e}");
+                }
                 continue;
             }
             let done = match self.below(32) {
@@ -273,15 +331,22 @@ async fn stamps(lane: &Lane, lba: u64, sectors: u64) -> Outcome<Vec<u64>> {
 
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
-        Self::with(seed, GEOMETRY)
+        Self::with(seed, GEOMETRY, Policy::off())
+    }
+
+    /// One whose garbage is collected all the time.
+    pub(crate) fn collecting(seed: u64) -> Self {
+        let none = std::time::Duration::ZERO;
+        let gc = Policy { start: 0.05, stop: 0.0, slack_blocks: 0, pause: none, grace: none, ..Policy::default() };
+        Self::with(seed, GEOMETRY, gc)
     }
 
     /// One whose log turns over.
     pub(crate) fn tight(seed: u64) -> Self {
-        Self::with(seed, TIGHT)
+        Self::with(seed, TIGHT, Policy::off())
     }
 
-    fn with(seed: u64, geometry: Geometry) -> Self {
+    fn with(seed: u64, geometry: Geometry, gc: Policy) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("dir");
         let mut rng = Rng(seed);
         // Every third world has a store that gives no trouble.
@@ -298,6 +363,8 @@ impl World {
             owner: Cell::new(Some(0)),
             broken: Cell::new(false),
             seen: Cell::default(),
+            gc,
+            snapshots: RefCell::default(),
         };
         Self {
             shared: Rc::new(shared),
@@ -311,6 +378,30 @@ impl World {
             served: Cell::new(false),
             trace: RefCell::default(),
         }
+    }
+
+    /// Reads every snapshot that the manifest names, whole.
+    pub(crate) fn look_at_snapshots(&self) {
+        let store: Arc<dyn Store> = self.store.plain();
+        let look = async {
+            let m = Published::load(&*store, "v").await.expect("the manifest").manifest;
+            for s in &m.snapshots {
+                let base = Base::of(&store, &m.at_snapshot(s)).await.expect("the snapshot's map");
+                let mut image = Image(vec![0; SECTORS as usize * SECTOR]);
+                export(&base, &mut image, &mut |_| {}).await.expect("all of it is there");
+                let found: Vec<u64> = image.0.chunks(SECTOR).zip(0..).map(|(b, s)| stamp_of(b, s)).collect();
+                self.shared.saw(|s| s.snapshots += 1);
+                if let Some(Some(expected)) = self.shared.snapshots.borrow().get(&s.name) {
+                    assert_eq!(&found, expected, "snapshot {}", s.name);
+                    self.shared.saw(|s| s.exact += 1);
+                }
+            }
+            let there: Vec<&str> = m.snapshots.iter().map(|s| s.name.as_str()).collect();
+            for name in self.shared.snapshots.borrow().keys() {
+                assert!(there.contains(&name.as_str()), "snapshot {name} is lost");
+            }
+        };
+        futures_util::FutureExt::now_or_never(look).expect("memory never waits");
     }
 
     pub(crate) fn draw(&self, n: u64) -> u64 {
@@ -431,6 +522,21 @@ impl World {
     }
 }
 
+/// An image in memory.
+struct Image(Vec<u8>);
+
+#[async_trait::async_trait(?Send)]
+impl ImageSink for Image {
+    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+        self.0[at as usize..at as usize + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// The real file beside a simulated disk.
 fn log_file(dir: &TempDir, host: u32, geometry: Geometry) -> Arc<DataFile> {
     let path = dir.path().join(format!("{host}.wal"));
@@ -493,6 +599,7 @@ impl Life {
             force: self.force,
             read_only: false,
             io_timeout: None,
+            gc: self.shared.gc.clone(),
             writer: Writer { host: "sim".into(), pid: 1, since: 1 },
             nonce: Nonce(self.shared.rng.borrow_mut().next()),
         };
@@ -562,5 +669,11 @@ async fn live(life: Life) {
     life.judged.set(true);
     let workers = (0..life.load.workers).flat_map(|_| &lanes);
     join_all(workers.map(|lane| shared.work(&life, lane, &volume))).await;
-    shared.saw(|s| s.groups += volume.status().background.groups);
+    let told = volume.status().background;
+    let space = told.space.unwrap_or_default();
+    shared.saw(|s| {
+        s.groups += told.groups;
+        s.deleted += space.gc_deleted_objects;
+        s.moved += space.gc_written_bytes >> 12;
+    });
 }

@@ -10,6 +10,7 @@ use futures_util::future::select;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::uring::{TokioTimer, UringDisk};
 use vb_ublk::disk::{Disk, IoBuf};
+use vb_ublk::gc::Policy;
 use vb_ublk::manifest::{Published, Writer};
 use vb_ublk::store::Store;
 use vb_ublk::store::memory::MemoryStore;
@@ -40,7 +41,7 @@ impl Disk for Failing {
 
 fn request(nonce: u64) -> Request {
     let writer = Writer { host: "here".into(), pid: 1, since: 1 };
-    Request { force: false, read_only: false, io_timeout: None, writer, nonce: Nonce(nonce) }
+    Request { force: false, read_only: false, io_timeout: None, gc: Policy::off(), writer, nonce: Nonce(nonce) }
 }
 
 #[test]

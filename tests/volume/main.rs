@@ -1,6 +1,7 @@
 //! The volume over a real log file and a file store, without a frontend.
 
 mod dependants;
+mod gc;
 mod latch;
 mod resize;
 mod snapshots;

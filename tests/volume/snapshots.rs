@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use vb_ublk::error::{ErrorKind, Result};
-use vb_ublk::manifest::{By, Published};
+use vb_ublk::manifest::{By, Published, Writer};
+use vb_ublk::units::Nonce;
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
+use vb_ublk::volume::rebuild::{Options, rebuild};
 use vb_ublk::volume::verify::verify;
 use vb_ublk::volume::{Command, Volume, admin, snapshots};
 
@@ -19,15 +21,15 @@ fn log_of(bench: &Bench, name: &str) -> PathBuf {
     bench.dir.path().join(format!("wal/{name}.wal"))
 }
 
-fn attach(bench: &Bench, name: &str) -> Result<Host> {
+pub(crate) fn attach(bench: &Bench, name: &str) -> Result<Host> {
     Host::attach(AttachOptions { volume: name.to_owned(), log_path: log_of(bench, name), ..bench.options() })
 }
 
-fn snapshot(volume: &Volume, name: &str) -> Result<()> {
+pub(crate) fn snapshot(volume: &Volume, name: &str) -> Result<()> {
     block_on(volume.command(|reply| Command::Snapshot { name: name.to_owned(), created: 5, reply }))
 }
 
-fn delete_snapshot(bench: &Bench, volume: &str, name: &str) -> Result<()> {
+pub(crate) fn delete_snapshot(bench: &Bench, volume: &str, name: &str) -> Result<()> {
     let store = bench.store();
     block_on(async {
         let mut published = Published::load(&*store, volume).await?;
@@ -35,12 +37,12 @@ fn delete_snapshot(bench: &Bench, volume: &str, name: &str) -> Result<()> {
     })
 }
 
-fn clone(bench: &Bench, from: (&str, &str), new: &str, size: Option<u64>) -> Result<()> {
+pub(crate) fn clone(bench: &Bench, from: (&str, &str), new: &str, size: Option<u64>) -> Result<()> {
     block_on(snapshots::clone(&*bench.store(), from.0, from.1, new, size, 9)).map(drop)
 }
 
 /// All of it, at once and from the store alone.
-fn holds(bench: &Bench, name: &str, model: &[u8]) {
+pub(crate) fn holds(bench: &Bench, name: &str, model: &[u8]) {
     let host = attach(bench, name).unwrap();
     assert_eq!(host.volume().size_bytes(), model.len() as u64, "{name}");
     on_lane(host.volume(), async |e| compare(&e, model, name).await);
@@ -358,20 +360,9 @@ fn what_another_has_put_is_not_overwritten_for_bearing_ones_own_nonce() {
     assert_eq!(block_on(admin::info(&*store, "vol")).unwrap().snapshots.len(), 1);
 }
 
-#[test]
-fn a_rebuilt_clone_keeps_what_it_began_with() {
-    use vb_ublk::manifest::Writer;
-    use vb_ublk::units::Nonce;
-    use vb_ublk::volume::rebuild::{Options, rebuild};
-    let bench = Bench::new(SIZE);
-    let (mut model, mut rng) = (vec![0; SIZE], Rng(21));
-    let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 200).await);
-    host.detach().unwrap();
-    let store = bench.store();
-    block_on(snapshots::create(&*store, "vol", "s", 1)).unwrap();
-    clone(&bench, ("vol", "s"), "c", None).unwrap();
-    let how = || Options {
+/// How to rebuild a volume whose host has gone.
+pub(crate) fn forced() -> Options {
+    Options {
         force: true,
         accept_loss: false,
         dry_run: false,
@@ -380,27 +371,39 @@ fn a_rebuilt_clone_keeps_what_it_began_with() {
         writer: Writer { host: "here".to_owned(), pid: 1, since: 1 },
         nonce: Nonce::draw().unwrap(),
         now_unix: 2,
-    };
+    }
+}
+
+#[test]
+fn a_rebuilt_clone_keeps_what_it_began_with() {
+    let bench = Bench::new(SIZE);
+    let (mut model, mut rng) = (vec![0; SIZE], Rng(21));
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 200).await);
+    host.detach().unwrap();
+    let store = bench.store();
+    block_on(snapshots::create(&*store, "vol", "s", 1)).unwrap();
+    clone(&bench, ("vol", "s"), "c", None).unwrap();
     let again = |opts: &Options| block_on(rebuild(&*store, "c", opts, None, &mut |_| {}));
     // Before it has anything of its own.
-    again(&how()).unwrap();
+    again(&forced()).unwrap();
     holds(&bench, "c", &model);
     let host = attach(&bench, "c").unwrap();
     on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 100).await);
     host.detach().unwrap();
-    again(&how()).unwrap();
+    again(&forced()).unwrap();
     holds(&bench, "c", &model);
     // Its own checkpoint is damaged: its chunks are laid over its parent's snapshot.
     for part in std::fs::read_dir(bench.dir.path().join("store/c/checkpoints")).unwrap() {
         std::fs::write(part.unwrap().path(), "garbage").unwrap();
     }
-    again(&how()).unwrap();
+    again(&forced()).unwrap();
     holds(&bench, "c", &model);
     is_well(&bench, "c");
     // Without its manifest nobody knows; nor what a clone of a volume without one began with.
     for (name, words) in [("c", "is a clone of a snapshot of volume \"vol\""), ("vol", "\"c\" was cloned")] {
         block_on(store.delete(&format!("{name}/manifest.json"))).unwrap();
-        let opts = Options { size_bytes: Some(SIZE as u64), ..how() };
+        let opts = Options { size_bytes: Some(SIZE as u64), ..forced() };
         let e = block_on(rebuild(&*store, name, &opts, None, &mut |_| {})).unwrap_err();
         assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains(words), "{e}");
     }

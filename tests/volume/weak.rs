@@ -9,6 +9,7 @@ use futures_util::future::join;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::uring::{TokioTimer, UringDisk};
 use vb_ublk::error::{ErrorKind, Result};
+use vb_ublk::gc::Policy;
 use vb_ublk::manifest::{Published, Writer};
 use vb_ublk::store::fault::{Call, Fault, FaultStore};
 use vb_ublk::store::memory::MemoryStore;
@@ -25,7 +26,8 @@ async fn take(store: Arc<dyn Store>, dir: &Path, host: u64) -> Result<()> {
     let geometry = geometry_for(MIN_LOG_BYTES)?;
     let log = OpenLog { file, disk, superblock: None, geometry, salt: Box::new(move || host) };
     let writer = Writer { host: format!("host-{host}"), pid: 1, since: 1 };
-    let request = Request { force: false, read_only: false, io_timeout: None, writer, nonce: Nonce(host) };
+    let request =
+        Request { force: false, read_only: false, io_timeout: None, gc: Policy::off(), writer, nonce: Nonce(host) };
     let stores = Stores { attach: store.clone(), background: store };
     attach(stores, published, log, TokioTimer, request).await.map(drop)
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::Result;
+use vb_ublk::gc::Policy;
 use vb_ublk::lane::{Driver, Lane, LaneDisk, LaneTimer, OwnRing, RingMode};
 use vb_ublk::store::{StoreOptions, StoreUrl, open};
 use vb_ublk::units::{BLOCK, Lba, SECTOR};
@@ -101,6 +102,7 @@ impl Bench {
             io_timeout: None,
             resume: false,
             accept_loss: false,
+            gc: Policy::default(),
         }
     }
 

@@ -115,6 +115,20 @@ pub(crate) struct CloneArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct GcArgs {
+    /// The volume: attached on this host, or nowhere
+    pub(crate) volume: VolumeName,
+    /// Say how much there is, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Folder of the volume's log, where it is not attached [default: DATA-DIR/wal]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with = "dry_run")]
+    pub(crate) wal_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct RebuildArgs {
     /// Its name
     pub(crate) volume: VolumeName,

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::super::claim::take;
 use super::super::control::{self, Control, Daemon, Order};
-use super::super::engine::{self, AttachOptions, Attached, CreateOptions, LaneEngine, View};
+use super::super::engine::{self, AttachOptions, Attached, Collect, CreateOptions, LaneEngine, View};
 use super::super::jobs::Jobs;
 use super::super::pause;
 use super::super::phase::{Phase, describe};
@@ -229,6 +229,7 @@ impl Volumes {
             io_timeout: self.io_timeout,
             resume: false,
             accept_loss: self.accept_loss,
+            gc: Collect::default(),
         });
         match attached {
             Ok(attached) => Ok((shared, attached, control)),

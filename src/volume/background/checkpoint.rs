@@ -43,7 +43,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some(published) = &self.published else { return };
         let last = published.manifest.checkpoint.as_ref().map_or(0, |c| c.last_chunk.0);
         let snapshots = self.snapshots.iter().any(|s| s.after <= self.applied_seq);
-        if !(release || snapshots || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
+        if !(release || snapshots || self.gc.wants_checkpoint() || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
             return;
         }
         // The release waits for the packed mark, so that the next attach finds a log that agrees.
@@ -75,7 +75,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 match checkpoint(&volume, &store, &prefix, &mut published, &cut).await {
                     Ok(full) => {
                         no_trouble(&volume);
-                        break PublishDone::Done { full, group: cut.group, released: cut.release };
+                        let Cut { image, group, release, .. } = cut;
+                        break PublishDone::Done { full, image, group, released: release };
                     }
                     Err(e) if e.kind() == ErrorKind::Fenced => break PublishDone::Fenced(e),
                     Err(e) => trouble(&volume, "publishing a checkpoint", &e),
@@ -90,7 +91,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.published = Some(published);
         let mut result = Ok(());
         match done {
-            PublishDone::Done { full, group, released } => {
+            PublishDone::Done { full, image, group, released } => {
+                if let Some(p) = &self.published {
+                    self.gc.note_published(&p.manifest, image);
+                }
                 if let Some(full) = full {
                     self.full_image = full;
                 }
@@ -129,7 +133,9 @@ async fn checkpoint(
     cut: &Cut,
 ) -> Result<Option<BaseImage>> {
     let m = &published.manifest;
-    if m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group) || m.checkpoint.is_none() && cut.group.0 == 0 {
+    if m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group && c.last_chunk == cut.last_chunk)
+        || m.checkpoint.is_none() && cut.group.0 == 0
+    {
         // Nothing new to write; a release, or a snapshot of what is there, still has to be published.
         publish(&**store, published, cut, |_| ()).await?;
         return Ok(None);

@@ -47,7 +47,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             return;
         }
         let age = now.saturating_sub(*self.uncut_since.get_or_insert(now));
-        if self.groups.len() >= MAX_GROUPS || self.groups.iter().any(|g| g.chunks.is_none()) {
+        if self.cut_groups().count() >= MAX_GROUPS || self.groups.iter().any(|g| g.chunks.is_none()) {
             return;
         }
         let in_flight: u64 = self.groups.iter().map(|g| g.bytes).sum();
@@ -58,7 +58,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let asked = self.drains.iter().any(|d| beyond(d.0)) || self.snapshots.iter().any(|s| beyond(s.after));
         let wanted = self.detach.is_some() || asked;
         let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;
-        let idle = self.groups.is_empty();
+        let idle = self.cut_groups().next().is_none();
         if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > throttle::START)) {
             return;
         }
@@ -84,6 +84,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             built_at: now,
             chunks: None,
             left: 0,
+            moves: None,
         });
         self.cut = ticket.through;
         self.next_group = ticket.group.next();
@@ -92,7 +93,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, log_reads: usize) {
-        let pending: Vec<Rc<Vec<BuiltChunk>>> = self.groups.iter().filter_map(|g| g.chunks.clone()).collect();
+        let pending: Vec<Rc<Vec<BuiltChunk>>> = self.cut_groups().filter_map(|g| g.chunks.clone()).collect();
         let (volume, disk, reader, timer) =
             (self.volume.clone(), self.disk.clone(), self.reader.clone(), self.timer.clone());
         let bodies = self.bodies.clone();
@@ -153,12 +154,18 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     pub(super) fn retire_groups(&mut self, now: Duration) {
         while self.groups.front().is_some_and(|g| g.chunks.is_some() && g.left == 0) {
             let Some(group) = self.groups.pop_front() else { return };
-            let Group { number, through, bytes, cut_at, built_at, chunks, .. } = group;
+            let Group { number, through, bytes, cut_at, built_at, chunks, moves, .. } = group;
+            let chunks = chunks.as_deref().map(Vec::as_slice).unwrap_or_default();
+            if let Some(moves) = moves {
+                self.retire_batch(chunks, &moves);
+                continue;
+            }
             let mut update = GroupUpdate { last: through, ..GroupUpdate::default() };
-            for c in chunks.iter().flat_map(|c| c.iter()) {
+            for c in chunks {
                 update.extents.extend(map_extents(&c.header, 0));
                 self.reader.keep(0, c.header.clone());
                 self.applied_chunk = self.applied_chunk.max(c.header.chunk);
+                self.gc.note_chunk(&c.header);
             }
             self.volume.maps.apply_group(&update);
             self.volume.log.retire(through);
@@ -176,10 +183,15 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     /// Bytes of log that groups retire per second while any are under way; `None` before the first is. A group that takes
     /// longer than its predecessors pulls it down while it waits: an outage slows writers before the log is full.
     pub(super) fn drain_rate(&self, now: Duration) -> Option<f64> {
-        let Some(front) = self.groups.front() else { return self.pace };
+        let Some(front) = self.cut_groups().next() else { return self.pace };
         let waited = now.saturating_sub(front.cut_at.max(self.last_retired)).as_secs_f64();
         let front = front.bytes.max(1) as f64 / waited.max(SHORTEST_SERVICE);
         Some(self.pace.map_or(front, |pace| pace.min(front)))
+    }
+
+    /// The groups of the log's entries, oldest first.
+    pub(super) fn cut_groups(&self) -> impl Iterator<Item = &Group> {
+        self.groups.iter().filter(|g| g.moves.is_none())
     }
 
     fn note_pace(&mut self, now: Duration, cut_at: Duration, bytes: u64) {

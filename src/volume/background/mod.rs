@@ -12,6 +12,7 @@
 //! - Once fenced, nothing is uploaded or published again.
 
 pub(super) mod checkpoint;
+mod gc;
 mod groups;
 pub(super) mod logcare;
 mod orders;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
+use gc::{Gc, GcDone};
 use orders::{Reply, SnapshotOrder, lost};
 
 use super::recover::StoreEnd;
@@ -37,7 +39,7 @@ use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{Published, prefix};
-use crate::map::BaseImage;
+use crate::map::{BaseImage, Move};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{ChunkNo, Epoch, GroupNo, Nonce, Seq};
@@ -94,12 +96,14 @@ pub(super) enum Event {
     },
     /// The volume is taken, or another's.
     Confirmed(Result<Box<Holding>>),
+    /// A step of garbage collection.
+    Gc(GcDone),
 }
 
 /// How a checkpoint, a release or another change of the manifest ended.
 pub(super) enum PublishDone {
     /// The manifest says so.
-    Done { full: Option<BaseImage>, group: GroupNo, released: bool },
+    Done { full: Option<BaseImage>, image: BaseImage, group: GroupNo, released: bool },
     /// Something else was changed, or not.
     Changed(Result<()>),
     /// Another host has the volume.
@@ -122,6 +126,8 @@ struct Group {
     chunks: Option<Rc<Vec<BuiltChunk>>>,
     /// Chunks not yet in the store.
     left: usize,
+    /// No entries of the log, but blocks that garbage collection puts elsewhere.
+    moves: Option<Vec<Move>>,
 }
 
 /// See the module's page.
@@ -174,6 +180,8 @@ pub struct Background<D: Disk, T: Timer> {
     snapshots: Vec<SnapshotOrder>,
     /// Snapshots that are to be deleted, by name.
     deletions: VecDeque<(String, Reply)>,
+
+    gc: Gc,
 
     /// Sizes that the volume is to have, in bytes.
     resizes: VecDeque<(u64, Reply)>,
@@ -247,6 +255,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             is_fixed: false,
             snapshots: Vec::new(),
             deletions: VecDeque::new(),
+            gc: Gc::new(),
             resizes: VecDeque::new(),
             drains: Vec::new(),
             detach: None,
@@ -271,6 +280,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.applied_seq = end.through;
         self.applied_chunk = end.last_chunk;
         self.full_image = full_image;
+        let is_published = end.group == self.checkpoint_group && m.after_checkpoint().chunk == self.next_chunk;
+        let image = is_published.then(|| self.volume.maps.base_image());
+        self.gc.begin(m, image, self.timer.now(), &self.volume.gc);
         self.last_poll = self.timer.now();
         self.volume.update_background(|s| {
             s.epoch = m.epoch.0;
@@ -341,6 +353,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.checkpoint_if_due();
             self.delete_snapshots();
             self.resize();
+            self.collect_garbage(now);
             self.poll_manifest(now);
         }
         self.report(now);
@@ -374,6 +387,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 self.take_up(*holding);
             }
             Event::Confirmed(Err(e)) => self.fenced(&e),
+            Event::Gc(done) => self.garbage_done(done),
         }
     }
 
@@ -392,6 +406,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     fn arm_tick(&self) {
         let busy = !self.groups.is_empty()
             || self.held
+            || self.gc.is_active()
             || self.volume.log.passed_seq() > self.applied_seq
             || self.detach.is_some();
         let (timer, volume) = (self.timer.clone(), self.volume.clone());
@@ -415,7 +430,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     fn report(&mut self, now: Duration) {
-        let oldest = self.groups.front().map(|g| g.since).or(self.uncut_since);
+        let oldest = self.cut_groups().next().map(|g| g.since).or(self.uncut_since);
         let drain = self.drain_rate(now);
         let trouble_since = &mut self.trouble_since;
         self.volume.update_background(|s| {

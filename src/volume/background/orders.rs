@@ -34,6 +34,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 self.snapshots.push(SnapshotOrder { wanted, after: self.volume.log.passed_seq(), reply });
             }
             Some(Command::Grow { size_bytes, reply }) => self.resizes.push_back((size_bytes, reply)),
+            Some(Command::CollectGarbage(reply)) => self.gc.order(reply),
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
             Some(Command::Abandon) | None => {
@@ -97,7 +98,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     pub(super) fn orders(&mut self) -> Vec<Reply> {
         let snapshots = self.snapshots.drain(..).map(|s| s.reply);
         let deletions = self.deletions.drain(..).map(|d| d.1);
-        snapshots.chain(deletions).chain(self.resizes.drain(..).map(|r| r.1)).collect()
+        let resizes = self.resizes.drain(..).map(|r| r.1);
+        snapshots.chain(deletions).chain(resizes).chain(self.gc.take_orders()).collect()
     }
 
     pub(super) fn refuse_orders(&mut self) {

@@ -67,18 +67,20 @@ pub(super) async fn list_checkpoints(store: &dyn Store, name: &str) -> Result<Ve
     Ok(listed.iter().filter_map(|o| parse(&o.key)).collect())
 }
 
-/// Refuses what chunks do not say: what a clone began with, and what clones of the volume began with.
+/// Refuses what neither chunks nor a copy of the manifest say: what a clone began with, and what clones of the volume began with.
 ///
 /// # Errors
 /// `Unsupported` for either; the store's.
-pub(super) async fn stands_alone(store: &dyn Store, name: &str, uuid: Uuid) -> Result<()> {
+pub(super) async fn stands_alone(store: &dyn Store, name: &str, uuid: Uuid, copy: Option<&Manifest>) -> Result<()> {
     let all = store.list("", None).await.map_err(|e| e.context("looking for clones"))?;
     let refs = all.iter().filter_map(|o| {
         let volume = o.key.split_once("/refs/")?.0;
-        manifest::parse_ref_key(volume, &o.key).map(|(_, clone, id)| (volume, clone, id))
+        manifest::parse_ref_key(volume, &o.key).map(|(snapshot, clone, id)| (volume, snapshot, clone, id))
     });
-    for (volume, clone, id) in refs {
-        let what = if id == uuid && volume != name {
+    for (volume, snapshot, clone, id) in refs {
+        let what = if copy.is_some_and(|m| id == uuid || m.snapshots.iter().any(|s| s.id == snapshot)) {
+            continue;
+        } else if id == uuid && volume != name {
             format!("it is a clone of a snapshot of volume {volume:?}, and its chunks do not say of which")
         } else if volume == name {
             format!("volume {clone:?} was cloned from a snapshot of it, and its chunks do not say what that was")

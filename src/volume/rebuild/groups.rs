@@ -85,10 +85,6 @@ pub(super) async fn look(store: &dyn Store, key: &str) -> Result<Looked> {
 
 fn header_of(looked: Result<ChunkHeader>, key: &str) -> Result<Looked> {
     let h = looked.map_err(|e| e.context(format!("reading the header of {key}")))?;
-    if h.group.0 == 0 {
-        let what = format!("{key} belongs to no group: a newer vb-ublk wrote it; use that for the rebuild");
-        return Err(Error::new(ErrorKind::Unsupported, what));
-    }
     Ok(Looked::Header(Box::new(h)))
 }
 
@@ -138,7 +134,7 @@ pub(super) async fn assemble(
             relied_on: GroupNo(0),
             last_whole: start.group,
             shares: Vec::new(),
-            meets_log: packed.is_none_or(|p| p == start.through),
+            meets_log: packed.is_none_or(|p| p <= start.through),
         },
     };
     a.out.end.ignored = named.len() - counting.len();
@@ -190,6 +186,16 @@ impl Assembler<'_> {
         }
         // Chunks of two volumes make no map.
         self.stopped |= self.out.volumes.len() > 1;
+        if h.group.0 == 0 {
+            // Garbage collection wrote it, and no map that was published names it, or it would be in the ground: all that it has is
+            // elsewhere, too. Its number was given out.
+            self.close()?;
+            self.out.end.ignored += 1;
+            if !self.stopped {
+                self.out.end.last_chunk = self.out.end.last_chunk.max(h.chunk);
+            }
+            return Ok(());
+        }
         if self.open.first().is_some_and(|o| o.group != h.group || o.epoch != h.epoch) {
             self.close()?;
         }

@@ -70,6 +70,9 @@ pub enum ManifestState {
 pub enum MapFrom {
     /// It is good, and what came after it was added.
     Checkpoint,
+    /// It is damaged, or there is no manifest: the map is that of the copy that garbage collection keeps, and what came after it was
+    /// added.
+    Copy,
     /// The map was made from the first chunk on.
     Chunks,
 }

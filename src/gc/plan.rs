@@ -1,0 +1,195 @@
+//! Which chunks are deleted, and which are emptied.
+
+use std::collections::HashSet;
+
+use super::Policy;
+use super::usage::{Chunk, Holes, Space, Usage, packed};
+use crate::units::ChunkNo;
+
+/// Live blocks that are copied in one go.
+const BATCH_BLOCKS: u64 = 4 * crate::chunk::header::MAX_BLOCKS as u64;
+/// Chunks that are emptied in one go.
+const BATCH_CHUNKS: usize = 64;
+/// Chunks of discards alone that are let be; of more the discards are put together.
+const MARKS: usize = 16;
+/// A batch is worth its requests when it frees this share of what it writes, or more: one part in…
+const WORTH: u64 = 16;
+
+/// What a round may do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// To be deleted.
+    pub dead: Vec<ChunkNo>,
+    /// To be emptied first: what lives of them, and the discards that they record, are to be copied.
+    pub victims: Vec<ChunkNo>,
+}
+
+/// Plans a batch. `last` is the last chunk number of the published map that `usage` was counted of; `moved` are chunks that were
+/// emptied since.
+#[must_use]
+pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, last: ChunkNo, policy: &Policy) -> Plan {
+    let mut plan = Plan::default();
+    let mut sparse: Vec<(ChunkNo, Chunk)> = Vec::new();
+    let mut marks: Vec<ChunkNo> = Vec::new();
+    let mut left = left_over(usage, held, moved, last);
+    for (n, c) in usage.stored(last) {
+        if held.contains(&n) || c.stuck || moved.contains(&n) {
+            continue;
+        }
+        match (c.live, c.holes) {
+            (0, Holes::None) => {
+                left.garbage = left.garbage.saturating_sub(c.size());
+                plan.dead.push(n);
+            }
+            (0, _) if c.is_marks() => marks.push(n),
+            _ => sparse.push((n, *c)),
+        }
+    }
+    if marks.len() > MARKS {
+        plan.victims = marks.into_iter().take(BATCH_CHUNKS).collect();
+        return plan;
+    }
+    // The emptiest first; of equals the oldest, which has had the longest time to be overwritten.
+    sparse.sort_by(|(a, x), (b, y)| {
+        let (p, q) = (u64::from(x.live) * y.size(), u64::from(y.live) * x.size());
+        p.cmp(&q).then(a.cmp(b))
+    });
+    let allowed = (left.live as f64 * policy.stop) as u64 + policy.slack_blocks;
+    let (mut live, mut size, mut freed) = (0, 0, 0);
+    for (n, c) in sparse {
+        let all_dead = c.live == 0;
+        if !all_dead && left.garbage.saturating_sub(freed) <= allowed {
+            break;
+        }
+        if live + u64::from(c.live) > BATCH_BLOCKS || plan.victims.len() >= BATCH_CHUNKS {
+            break;
+        }
+        live += u64::from(c.live);
+        size += c.size();
+        freed = size.saturating_sub(packed(live));
+        plan.victims.push(n);
+    }
+    if live > 0 && freed * WORTH < packed(live) {
+        plan.victims.clear();
+    }
+    plan
+}
+
+/// The totals as they will be when what was emptied is gone.
+fn left_over(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, last: ChunkNo) -> Space {
+    let mut space = usage.space(held, last);
+    for (_, c) in usage.stored(last).filter(|(n, _)| moved.contains(n)) {
+        space.garbage = space.garbage.saturating_sub(c.size().saturating_sub(packed(u64::from(c.live))));
+    }
+    space
+}
+
+/// Whether there is so much garbage that a round should begin.
+#[must_use]
+pub fn is_due(garbage: u64, live: u64, policy: &Policy) -> bool {
+    policy.enabled && garbage as f64 > live as f64 * policy.start + policy.slack_blocks as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::{BaseImage, Location, Run};
+    use crate::units::BlockNo;
+
+    /// A volume of `chunks` full chunks, of which each has its first blocks alive.
+    fn volume(live: &[u32]) -> Usage {
+        let blocks = 1016 * live.len() as u64;
+        let mut image = BaseImage::empty(blocks);
+        let mut usage = Usage::new(blocks);
+        for (i, n) in live.iter().enumerate() {
+            let chunk = ChunkNo(i as u64 + 1);
+            usage.add(chunk, 1016, Holes::None);
+            if *n > 0 {
+                let to = Some(Location::new(0, chunk, 0));
+                image.apply_runs(&[Run { block: BlockNo(i as u64 * 1016), blocks: *n, to }]);
+            }
+        }
+        for row in 0..usage.rows(&image) {
+            usage.count_row(&image, row);
+        }
+        usage.counted(image);
+        usage
+    }
+
+    fn policy() -> Policy {
+        Policy { slack_blocks: 0, ..Policy::default() }
+    }
+
+    fn none() -> HashSet<ChunkNo> {
+        HashSet::new()
+    }
+
+    fn numbers(all: &[ChunkNo]) -> Vec<u64> {
+        all.iter().map(|n| n.0).collect()
+    }
+
+    #[test]
+    fn the_dead_go_and_the_emptiest_are_emptied_until_it_is_enough() {
+        let u = volume(&[1016, 0, 300, 900, 100, 1016, 1016]);
+        let p = plan(&u, &none(), &none(), ChunkNo(7), &policy());
+        assert_eq!(numbers(&p.dead), [2]);
+        // Without the dead chunk there is garbage of 0.37 of what lives: nothing else has to go.
+        assert_eq!(numbers(&p.victims), [0; 0]);
+        let p = plan(&u, &none(), &none(), ChunkNo(7), &policy().thorough());
+        assert_eq!(numbers(&p.victims), [5, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_held_or_newer_than_the_map_stays() {
+        let u = volume(&[0, 0, 10, 10]);
+        let held = HashSet::from([ChunkNo(1), ChunkNo(3)]);
+        let p = plan(&u, &held, &none(), ChunkNo(3), &policy());
+        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![2], vec![]));
+        let p = plan(&u, &none(), &HashSet::from([ChunkNo(4)]), ChunkNo(4), &policy());
+        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![1, 2], vec![3]));
+    }
+
+    #[test]
+    fn discards_outlive_the_chunk_that_records_them() {
+        let mut u = volume(&[0, 1016]);
+        u.set_holes(ChunkNo(1), Holes::Unknown);
+        let p = plan(&u, &none(), &none(), ChunkNo(2), &policy());
+        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![], vec![1]));
+    }
+
+    #[test]
+    fn chunks_of_discards_are_put_together_when_there_are_many() {
+        let mut u = volume(&[1016]);
+        for n in 2..=17 {
+            u.add(ChunkNo(n), 0, Holes::Some);
+        }
+        let at = ChunkNo(99);
+        assert_eq!(plan(&u, &none(), &none(), at, &policy().thorough()), Plan::default());
+        u.add(ChunkNo(18), 0, Holes::Some);
+        assert_eq!(plan(&u, &none(), &none(), at, &policy()).victims.len(), 17);
+    }
+
+    #[test]
+    fn nothing_is_done_for_nothing() {
+        // All is alive: nothing to gain, however small the chunks are.
+        let u = volume(&[1016, 1016]);
+        assert_eq!(plan(&u, &none(), &none(), ChunkNo(2), &policy().thorough()), Plan::default());
+        let mut u = volume(&[1016, 10]);
+        u.add(ChunkNo(2), 10, Holes::None);
+        assert_eq!(plan(&u, &none(), &none(), ChunkNo(2), &policy().thorough()), Plan::default());
+    }
+
+    #[test]
+    fn a_count_changes_by_what_differs() {
+        let mut u = volume(&[1016, 0]);
+        let mut image = u.image().clone();
+        let to = Some(Location::new(0, ChunkNo(2), 7));
+        image.apply_runs(&[Run { block: BlockNo(100), blocks: 50, to }]);
+        for row in 0..u.rows(&image) {
+            u.count_row(&image, row);
+        }
+        u.counted(image);
+        let live: Vec<u32> = u.stored(ChunkNo(9)).map(|(_, c)| c.live).collect();
+        assert_eq!(live, [966, 50]);
+    }
+}
