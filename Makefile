@@ -5,7 +5,7 @@
 #   make test    everything (what CI runs)
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
-#   make soak    the long forms of the NBD tests, many seeds of the simulation, and soak-guest
+#   make soak    the long forms of the NBD and store tests, many seeds of the simulation, and soak-guest
 #   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
@@ -45,8 +45,9 @@ e2e: build
 	scripts/e2e/run --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" $(if $(KERNEL),--kernel $(KERNEL)) $(TESTS)
 	$(if $(TESTS),,scripts/e2e/boot --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" $(if $(KERNEL),--kernel $(KERNEL)))
 
-soak: setup-build setup-test
-	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop
+soak: setup-build setup-test setup-garage
+	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop \
+		--test store_conformance --test store_crash_cycle
 	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
 	$(MAKE) soak-guest
 

@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt as _};
+use store_support::garage::{self, Garage};
 use store_support::moto::Moto;
 use store_support::s3s::{self, S3sFs};
 use store_support::tls::Authority;
-use store_support::{finished, is_child, open_s3, options, pattern, run_child};
+use store_support::{finished, is_child, open_s3, options, options_with, pattern, run_child};
 use vb_ublk::error::{ErrorKind, Result};
 use vb_ublk::store::probe::{self, Capability};
 use vb_ublk::store::retry::{Policy, Retry};
-use vb_ublk::store::{self, ObjectMeta, Precondition, StaticCredentials, Store, StoreOptions, StoreUrl};
+use vb_ublk::store::{self, ObjectMeta, Precondition, Store, StoreOptions, StoreUrl};
 
 #[track_caller]
 fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
@@ -36,13 +37,22 @@ async fn suite(s: Arc<dyn Store>) {
 
 /// For servers whose conditional writes hold one after the other, but not against each other.
 async fn suite_but_for_the_race(s: &dyn Store) {
+    suite_but_for_conditions(s).await;
+    conditions(s).await;
+    the_probe_finds(s, Capability::Honoured).await;
+}
+
+/// For servers that do not know conditional writes.
+async fn suite_but_for_conditions(s: &dyn Store) {
     whole_objects(s).await;
     ranges(s).await;
     listings(s).await;
-    conditions(s).await;
-    assert_eq!(probe::conditional_writes(s, "probe/").await.expect("probe"), Capability::Honoured);
-    assert_eq!(keys(s, "probe/", None).await, [""; 0], "the probe cleans up");
     many(s).await;
+}
+
+async fn the_probe_finds(s: &dyn Store, expected: Capability) {
+    assert_eq!(probe::conditional_writes(s, "probe/").await.expect("probe"), expected);
+    assert_eq!(keys(s, "probe/", None).await, [""; 0], "the probe cleans up");
 }
 
 async fn whole_objects(s: &dyn Store) {
@@ -142,6 +152,21 @@ async fn conditions(s: &dyn Store) {
     assert_eq!(kind(s.put_if("c/k", body(7), Precondition::Matches(second)).await), ErrorKind::Conflict);
     s.put_if("c/k", body(8), Precondition::Absent).await.expect("absent again");
     s.delete("c/k").await.expect("delete");
+}
+
+/// What takes the place of [`conditions`] on a server that ignores them: it writes, and says so, whatever the condition.
+async fn ignored_conditions(s: &dyn Store) {
+    let body = |n: u64| pattern(n, 300);
+    let first = s.put_if("c/k", body(1), Precondition::Absent).await.expect("absent");
+    let second = s.put_if("c/k", body(2), Precondition::Absent).await.expect("ignored");
+    assert_eq!(s.get("c/k").await.expect("get"), (body(2), second.clone()));
+    let third = s.put_if("c/k", body(3), Precondition::Matches(first)).await.expect("ignored");
+    assert_ne!(second, third);
+    assert_eq!(s.get("c/k").await.expect("get"), (body(3), third.clone()), "the version is that of the content");
+    s.delete("c/k").await.expect("delete");
+    s.put_if("c/k", body(4), Precondition::Matches(third)).await.expect("ignored, though there is nothing");
+    s.delete("c/k").await.expect("delete");
+    the_probe_finds(s, Capability::Ignored).await;
 }
 
 /// Under the retries, as volumes write their manifests: a server may answer a race with an internal error (moto does), and then only
@@ -261,12 +286,77 @@ async fn s3s_fs_does_all_but_the_race() {
     let server = S3sFs::start().await;
     server.make_bucket("suite");
     server.make_bucket("whole-bucket");
-    let opts = server.options();
+    let opts = options_with(&server.endpoint(), s3s::KEYS);
     suite_but_for_the_race(&*open_s3("s3://suite/some/prefix", &opts).await).await;
     suite_but_for_the_race(&*open_s3("s3://whole-bucket", &opts).await).await;
     // The connector that trusts anybody is another one: its requests are to be signed as well.
     let insecure = StoreOptions { insecure: true, ..opts };
     suite_but_for_the_race(&*open_s3("s3://suite/insecure", &insecure).await).await;
+}
+
+/// The second oddity in [`s3s`]'s list: refused aloud, and nothing that was there is hurt.
+#[tokio::test]
+async fn s3s_fs_refuses_a_key_below_a_key_and_harms_nothing() {
+    let server = S3sFs::start().await;
+    server.make_bucket("quirks");
+    let s = open_s3("s3://quirks/p", &options_with(&server.endpoint(), s3s::KEYS)).await;
+    s.put("k", Bytes::from_static(b"v")).await.expect("put");
+    let e = s.put("k/below", Bytes::from_static(b"w")).await.expect_err("a folder where a file is");
+    assert_eq!(e.kind(), ErrorKind::Unreachable, "{e}");
+    assert!(e.to_string().contains("k/below") && e.to_string().contains("InternalError"), "{e}");
+    assert_eq!(&s.get("k").await.expect("get").0[..], b"v");
+}
+
+/// A cluster: what one node has acknowledged is there on every other, also while one is dead, and on that when it is back.
+#[tokio::test]
+async fn garage_does_all_but_conditional_writes() {
+    let Some(mut garage) = Garage::long_form(&["suite", "whole-bucket", "locked"]) else { return };
+    let (id, secret) = garage.keys.clone();
+    let on = |garage: &Garage, n: usize| options_with(&garage.endpoint(n), (&id, &secret));
+    for (n, url) in ["s3://suite/some/prefix", "s3://whole-bucket"].into_iter().enumerate() {
+        let s = open_s3(url, &on(&garage, n)).await;
+        suite_but_for_conditions(&*s).await;
+        ignored_conditions(&*s).await;
+    }
+    let mut nodes = Vec::new();
+    for n in 0..garage::NODES {
+        nodes.push(open_s3("s3://suite/nodes", &on(&garage, n)).await);
+    }
+    wrong_keys_are_refused(&garage.endpoint(0), &id, &secret).await;
+    a_missing_bucket_is_named(&*open_s3("s3://missing-bucket/p", &on(&garage, 0)).await).await;
+
+    for dead in [None, Some(2), Some(1), Some(0)] {
+        if let Some(n) = dead {
+            garage.kill(n);
+        }
+        let alive: Vec<_> = (0..garage::NODES).filter(|n| Some(*n) != dead).collect();
+        for round in 0..40 {
+            let key = format!("k{}", round % 7);
+            let body = pattern(round, 3 << (round % 20));
+            let writer = alive[round as usize % alive.len()];
+            nodes[writer].put(&key, body.clone()).await.expect("put");
+            for reader in &alive {
+                let found = nodes[*reader].get(&key).await.expect("get").0;
+                assert!(found == body, "{dead:?} dead: node {reader} has not what {writer} acknowledged");
+                assert!(keys(&*nodes[*reader], "", None).await.contains(&key));
+            }
+            // It stays for whoever has been away.
+            if round < 33 {
+                nodes[writer].delete(&key).await.expect("delete");
+                let gone = nodes[alive[alive.len() - 1]].get(&key).await;
+                assert_eq!(kind(gone), ErrorKind::NotFound);
+            }
+        }
+        suite_but_for_conditions(&*open_s3("s3://suite/rest", &on(&garage, alive[0])).await).await;
+        if let Some(n) = dead {
+            garage.restart(n);
+            assert_eq!(keys(&*nodes[n], "", None).await.len(), 7, "node {n} is back");
+            for round in 33..40 {
+                let found = nodes[n].get(&format!("k{}", round % 7)).await.expect("get").0;
+                assert!(found == pattern(round, 3 << (round % 20)), "node {n} is back");
+            }
+        }
+    }
 }
 
 #[tokio::test]
@@ -341,14 +431,7 @@ async fn s3s_fs_wrong_keys_are_refused() {
 
 /// The server has the bucket `locked` and knows these keys alone.
 async fn wrong_keys_are_refused(endpoint: &str, access_key: &str, secret_key: &str) {
-    let with = |access_key: &str, secret_key: &str| StoreOptions {
-        credentials: Some(StaticCredentials {
-            access_key: access_key.into(),
-            secret_key: secret_key.into(),
-            session_token: None,
-        }),
-        ..options(endpoint)
-    };
+    let with = |access_key: &str, secret_key: &str| options_with(endpoint, (access_key, secret_key));
     let right = open_s3("s3://locked/p", &with(access_key, secret_key)).await;
     right.put("k", Bytes::from_static(b"v")).await.expect("the right keys");
     for (id, secret) in [(access_key, "wrong"), ("AKIAUNKNOWN", secret_key)] {
@@ -366,7 +449,10 @@ async fn wrong_keys_are_refused(endpoint: &str, access_key: &str, secret_key: &s
 #[tokio::test]
 async fn s3_a_missing_bucket_is_named() {
     let Some(moto) = Moto::shared(false).await else { return };
-    let s = open_s3("s3://missing-bucket/p", &options(&moto.endpoint())).await;
+    a_missing_bucket_is_named(&*open_s3("s3://missing-bucket/p", &options(&moto.endpoint())).await).await;
+}
+
+async fn a_missing_bucket_is_named(s: &dyn Store) {
     let condition = Precondition::Absent;
     for e in [
         s.get("k").await.expect_err("get"),

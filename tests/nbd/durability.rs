@@ -1,54 +1,15 @@
 //! What an answer means: the volume's promises, kept through the death of the process and by the store alone.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::load::{BLOCK, Writer};
+use crate::load::{BLOCK, all_is_there, under_load, writers};
 use crate::nbd_support::client::Headers;
 use crate::nbd_support::proto::{cmd, flag};
 use crate::nbd_support::requests::Request;
 use crate::nbd_support::server::{Place, Server};
-use crate::nbd_support::{pattern, soak, wait_until};
-
-/// Four writers at work until `stop` says how the server ends; then what they know.
-fn under_load(server: Server, writers: Vec<Writer>, enough: u64, stop: impl FnOnce(Server)) -> Vec<Writer> {
-    let (halt, acked) = (AtomicBool::new(false), AtomicU64::new(0));
-    let addr = server.addr();
-    std::thread::scope(|s| {
-        let (halt, acked, addr) = (&halt, &acked, &addr);
-        let running: Vec<_> = writers
-            .into_iter()
-            .zip([Headers::Simple, Headers::Structured, Headers::Extended].into_iter().cycle())
-            .map(|(mut w, headers)| {
-                s.spawn(move || {
-                    // It ends with the connection, in whichever way that ends.
-                    let end = w.run(addr, headers, halt, acked);
-                    assert!(end.is_err(), "nobody told it to stop");
-                    w
-                })
-            })
-            .collect();
-        wait_until("writes are acknowledged", Duration::from_secs(120), || acked.load(Ordering::Relaxed) >= enough);
-        stop(server);
-        let writers = running.into_iter().map(|r| r.join().expect("a writer")).collect();
-        println!("{} writes had been acknowledged", acked.load(Ordering::Relaxed));
-        writers
-    })
-}
-
-fn writers() -> Vec<Writer> {
-    (0..4).map(|who| Writer::new(who, 512)).collect()
-}
-
-#[track_caller]
-fn all_is_there(server: &Server, writers: &mut [Writer]) {
-    let mut c = server.client(Headers::Structured);
-    let blocks: usize = writers.iter_mut().map(|w| w.verify(&mut c)).sum();
-    assert!(blocks > 100, "only {blocks} blocks had been acknowledged");
-    c.disconnect();
-}
+use crate::nbd_support::{pattern, soak};
 
 #[test]
 fn after_kill_9_every_acknowledged_write_is_there() {

@@ -20,7 +20,16 @@ pub(crate) enum Store {
     File,
     /// Ends with the process that has it.
     Memory,
-    S3(Box<Moto>),
+    S3(Bucket),
+}
+
+/// A bucket on an S3 server, and how to get at it.
+pub(crate) struct Bucket {
+    pub(crate) endpoint: String,
+    pub(crate) name: &'static str,
+    pub(crate) keys: (String, String),
+    /// A server that ends with the place; none where the test has it.
+    pub(crate) moto: Option<Moto>,
 }
 
 /// A store, and the folders of a host that uses it.
@@ -30,7 +39,8 @@ pub(crate) struct Place {
     host: &'static str,
 }
 
-fn block_on<F: Future>(f: F) -> F::Output {
+/// For what is async and belongs to another test program, too.
+pub(crate) fn block_on<F: Future>(f: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(f)
 }
 
@@ -48,12 +58,14 @@ impl Place {
 
     /// Objects in an S3 server of this test's own; none where S3 may be left out.
     pub(crate) fn s3() -> Option<Self> {
+        let name = "vb-nbd";
         let moto = block_on(async {
             let moto = Moto::start(false).await?;
-            moto.make_bucket("vb-nbd").await;
+            moto.make_bucket(name).await;
             Some(moto)
         })?;
-        Some(Self::new(Store::S3(Box::new(moto))))
+        let keys = ("test".to_owned(), "test".to_owned());
+        Some(Self::new(Store::S3(Bucket { endpoint: moto.endpoint(), name, keys, moto: Some(moto) })))
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -67,6 +79,13 @@ impl Place {
     /// Another host, as far as the program can tell: another log and state, the same store.
     pub(crate) fn move_to(&mut self, host: &'static str) {
         self.host = host;
+    }
+
+    /// From now on requests to the S3 server go to another address of it.
+    pub(crate) fn goes_to(&mut self, endpoint: String) {
+        if let Store::S3(bucket) = &mut self.store {
+            bucket.endpoint = endpoint;
+        }
     }
 
     /// Takes the host's log and state away: what is left is the store's.
@@ -96,12 +115,12 @@ impl Place {
         match &self.store {
             Store::File => c.env("VB_UBLK_STORE", format!("file://{}", self.path("store").display())),
             Store::Memory => c.env("VB_UBLK_STORE", "memory:nbd"),
-            Store::S3(moto) => c
-                .env("VB_UBLK_STORE", "s3://vb-nbd/volumes")
-                .env("AWS_ENDPOINT_URL_S3", moto.endpoint())
+            Store::S3(bucket) => c
+                .env("VB_UBLK_STORE", format!("s3://{}/volumes", bucket.name))
+                .env("AWS_ENDPOINT_URL_S3", &bucket.endpoint)
                 .env("AWS_REGION", "us-east-1")
-                .env("AWS_ACCESS_KEY_ID", "test")
-                .env("AWS_SECRET_ACCESS_KEY", "test"),
+                .env("AWS_ACCESS_KEY_ID", &bucket.keys.0)
+                .env("AWS_SECRET_ACCESS_KEY", &bucket.keys.1),
         };
         if matches!(self.store, Store::File) {
             std::fs::create_dir_all(self.path("store")).expect("the store's folder");

@@ -1,5 +1,6 @@
 //! What the store tests need around them: certificates, S3 servers, raw HTTP.
 
+pub(crate) mod garage;
 pub(crate) mod moto;
 mod quirks;
 pub(crate) mod s3s;
@@ -54,15 +55,20 @@ pub(crate) fn is_child(name: &str) -> bool {
     std::env::var("VB_STORE_CHILD").is_ok_and(|v| v == name)
 }
 
-/// Options for a test server: quick time-outs, fixed keys.
+/// Options for a test server: quick time-outs, and keys that a server which checks none is content with.
 pub(crate) fn options(endpoint: &str) -> StoreOptions {
+    options_with(endpoint, ("test", "secret"))
+}
+
+/// The same with these keys.
+pub(crate) fn options_with(endpoint: &str, (access_key, secret_key): (&str, &str)) -> StoreOptions {
     StoreOptions {
         endpoint: Some(endpoint.to_owned()),
         connect_timeout: Duration::from_secs(5),
         request_timeout: Duration::from_secs(30),
         credentials: Some(StaticCredentials {
-            access_key: "test".into(),
-            secret_key: "secret".into(),
+            access_key: access_key.into(),
+            secret_key: secret_key.into(),
             session_token: None,
         }),
         ..StoreOptions::default()

@@ -24,24 +24,27 @@ pub(crate) struct Moto {
 static PLAIN: Mutex<Weak<Moto>> = Mutex::const_new(Weak::new());
 static TLS: Mutex<Weak<Moto>> = Mutex::const_new(Weak::new());
 
-/// The program, or `None` where the user allows that there is none.
+/// A server's program: what the variable says, what `scripts/setup` has made, or what is in PATH. `None` where the user allows that
+/// there is none, which is said loudly.
 ///
 /// # Panics
-/// Without moto, unless `VB_SKIP_S3=1`.
-fn program() -> Option<PathBuf> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let found = std::env::var_os("VB_MOTO")
+/// Without the program, unless `VB_SKIP_S3=1`.
+pub(crate) fn program(name: &str, variable: &str, made: &str, part: &str) -> Option<PathBuf> {
+    let cache = std::env::var_os("VB_CACHE")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest"), PathBuf::from);
+    let found = std::env::var_os(variable)
         .map(PathBuf::from)
-        .or_else(|| Some(manifest.join("target/guest/moto/bin/moto_server")).filter(|p| p.exists()))
+        .or_else(|| Some(cache.join(made)).filter(|p| p.exists()))
         .or_else(|| {
             let path = std::env::var_os("PATH")?;
-            std::env::split_paths(&path).map(|d| d.join("moto_server")).find(|p| p.exists())
+            std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.exists())
         });
     if found.is_none() {
         assert!(
             std::env::var("VB_SKIP_S3").is_ok_and(|v| v == "1"),
-            "no moto_server: run scripts/setup test, set VB_MOTO, or set VB_SKIP_S3=1 to go without the S3 tests"
+            "no {name}: run scripts/setup {part}, set {variable}, or set VB_SKIP_S3=1 to go without the S3 tests"
         );
+        eprintln!("SKIPPED: a test against S3: no {name}, and VB_SKIP_S3=1");
     }
     found
 }
@@ -60,10 +63,7 @@ impl Moto {
 
     /// A server of one's own.
     pub(crate) async fn start(tls: bool) -> Option<Self> {
-        let Some(program) = program() else {
-            eprintln!("SKIPPED: a test against S3: no moto_server, and VB_SKIP_S3=1");
-            return None;
-        };
+        let program = program("moto_server", "VB_MOTO", "moto/bin/moto_server", "test")?;
         let authority = tls.then(Authority::new);
         let mut why = String::new();
         for _ in 0..3 {

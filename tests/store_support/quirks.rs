@@ -129,6 +129,15 @@ async fn a_listing_in_pages_or_in_one_comes_whole() {
     .await;
     assert_eq!(keys(s.list("", None).await.expect("list")), ["a", "b", "c"]);
 
+    // Garage begins behind start-after, and ends at the first key of another prefix.
+    let (s, _server) = store(|seen| match seen.line.as_str() {
+        l if l.contains("start-after=p%2Fa") => page(&[], ""),
+        _ => page(&["p/b/1"], ""),
+    })
+    .await;
+    assert_eq!(keys(s.list("b/", Some("a")).await.expect("list")), ["b/1"]);
+    assert_eq!(keys(s.list("b/", Some("c")).await.expect("list")), [""; 0]);
+
     // Truncated without a token.
     let (s, _server) = store(|seen| match seen.line.as_str() {
         l if l.contains("start-after=p%2Fb") => page(&["p/c"], ""),

@@ -10,16 +10,11 @@
 
 use std::net::SocketAddr;
 
-use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 use tokio::net::TcpListener;
-use vb_ublk::error::ErrorKind;
-use vb_ublk::store::{StaticCredentials, StoreOptions};
-
-use super::open_s3;
 
 /// The only keys that it knows.
 pub(crate) const KEYS: (&str, &str) = ("s3s-fs-user", "not-to-be-printed");
@@ -54,28 +49,8 @@ impl S3sFs {
         format!("http://{}", self.addr)
     }
 
-    /// Options with the right keys.
-    pub(crate) fn options(&self) -> StoreOptions {
-        let credentials =
-            StaticCredentials { access_key: KEYS.0.into(), secret_key: KEYS.1.into(), session_token: None };
-        StoreOptions { credentials: Some(credentials), ..super::options(&self.endpoint()) }
-    }
-
     /// Makes a bucket, which to this server is a folder.
     pub(crate) fn make_bucket(&self, name: &str) {
         std::fs::create_dir(self.dir.path().join(name)).expect("a folder for the bucket");
     }
-}
-
-/// The second quirk above: refused aloud, and nothing that was there is hurt.
-#[tokio::test]
-async fn a_key_below_a_key_is_refused_and_harms_nothing() {
-    let server = S3sFs::start().await;
-    server.make_bucket("quirks");
-    let s = open_s3("s3://quirks/p", &server.options()).await;
-    s.put("k", Bytes::from_static(b"v")).await.expect("put");
-    let e = s.put("k/below", Bytes::from_static(b"w")).await.expect_err("a folder where a file is");
-    assert_eq!(e.kind(), ErrorKind::Unreachable, "{e}");
-    assert!(e.to_string().contains("k/below") && e.to_string().contains("InternalError"), "{e}");
-    assert_eq!(&s.get("k").await.expect("get").0[..], b"v");
 }

@@ -245,6 +245,8 @@ impl Store for S3Store {
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectMeta>> {
         check_prefix(prefix)?;
         let whole_prefix = format!("{}{prefix}", self.prefix);
+        // One before the prefix says nothing, and garage would begin there, see a key of another prefix, and end.
+        let start_after = start_after.filter(|key| *key >= prefix);
         let mut at = Position::After(start_after.map(|key| format!("{}{key}", self.prefix)));
         let mut found: Vec<ObjectMeta> = Vec::new();
         loop {
