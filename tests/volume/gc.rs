@@ -261,6 +261,9 @@ fn spoil(folder: &std::path::Path) {
     }
 }
 
+/// What is lost, how, and what a rebuild says of manifest and map.
+type Way = (&'static str, fn(&std::path::Path), ManifestState, MapFrom);
+
 #[test]
 fn a_volume_that_was_collected_can_be_rebuilt() {
     let bench = Bench::new(SIZE);
@@ -292,7 +295,7 @@ fn a_volume_that_was_collected_can_be_rebuilt() {
         assert!(std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
     };
     copy(&folder, &kept);
-    let ways: [(&str, fn(&std::path::Path), ManifestState, MapFrom); 5] = [
+    let ways: [Way; 5] = [
         ("nothing", |_| {}, ManifestState::Good, MapFrom::Checkpoint),
         (
             "the manifest",
