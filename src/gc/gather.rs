@@ -24,7 +24,7 @@ use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Nonce, Seq};
 /// Chunks read at once.
 const PARALLEL: usize = 4;
 /// A discard of up to so many blocks is looked at block by block, whether it still says anything.
-const SMALL: u64 = 4096;
+const SMALL: u64 = 64;
 
 /// A block on its way.
 struct Block {
@@ -84,7 +84,7 @@ pub struct Ticket {
     pub applied: (GroupNo, Seq),
 }
 
-/// Reads `victims` and makes new chunks of what `image` names of them.
+/// Reads `victims`, each with the number of its blocks that `image` names, and makes new chunks of those.
 ///
 /// # Errors
 /// The store's: nothing has happened then.
@@ -92,14 +92,14 @@ pub async fn gather(
     store: &Arc<dyn Store>,
     keys: &Keys,
     image: &BaseImage,
-    victims: &[ChunkNo],
+    victims: &[(ChunkNo, u32)],
     bodies: &Bodies,
 ) -> Result<Gathered> {
     let mut out = Gathered::default();
     let mut blocks = Vec::new();
     let mut discards = Vec::new();
     let mut reads = stream::iter(victims.iter().copied())
-        .map(|chunk| async move { (chunk, read_twice(&**store, keys, image, chunk).await) })
+        .map(|(chunk, live)| async move { (chunk, read_twice(&**store, keys, image, chunk, live).await) })
         .buffered(PARALLEL);
     while let Some((chunk, found)) = reads.next().await {
         match found {
@@ -133,14 +133,14 @@ pub async fn gather(
 }
 
 /// What reads badly once may have been damaged on its way.
-async fn read_twice(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo) -> Result<Found> {
-    match read(store, keys, image, chunk).await {
-        Err(e) if e.kind() == ErrorKind::Corrupt => read(store, keys, image, chunk).await,
+async fn read_twice(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo, live: u32) -> Result<Found> {
+    match read(store, keys, image, chunk, live).await {
+        Err(e) if e.kind() == ErrorKind::Corrupt => read(store, keys, image, chunk, live).await,
         found => found,
     }
 }
 
-async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo) -> Result<Found> {
+async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo, named: u32) -> Result<Found> {
     let (key, volume) = keys.key(0, chunk)?;
     let head = store.get_range(&key, 0..HEADER_ROOM as u64).await?;
     let h = parse_header(&key, &head)?;
@@ -169,6 +169,9 @@ async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo)
             }
             index += 1;
         }
+    }
+    if live.len() != named as usize {
+        return Err(damaged(format!("has {} of the {named} blocks that the map names of it", live.len())));
     }
     let (Some(first), Some(last)) = (live.first().map(|l| l.0), live.last().map(|l| l.0)) else { return Ok(found) };
     let start = HEADER_ROOM as u64 + u64::from(first) * BLOCK as u64;

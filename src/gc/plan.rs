@@ -1,6 +1,7 @@
 //! Which chunks are deleted, and which are emptied.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use super::Policy;
 use super::usage::{Chunk, Holes, Space, Usage, packed};
@@ -20,20 +21,34 @@ const WORTH: u64 = 16;
 pub struct Plan {
     /// To be deleted.
     pub dead: Vec<ChunkNo>,
-    /// To be emptied first: what lives of them, and the discards that they record, are to be copied.
-    pub victims: Vec<ChunkNo>,
+    /// To be emptied first: what lives of them, so many blocks, and the discards that they record, are to be copied.
+    pub victims: Vec<(ChunkNo, u32)>,
+    /// They are chunks of discards alone.
+    pub is_marks: bool,
 }
 
-/// Plans a batch. `last` is the last chunk number of the published map that `usage` was counted of; `moved` are chunks that were
-/// emptied since.
+/// What stands in the way of a batch.
+#[derive(Debug, Clone, Default)]
+pub struct Bounds {
+    /// The last chunk number that counts: of the published map that was counted, or below.
+    pub last: ChunkNo,
+    /// Chunks that were emptied since, by the last number of the batch that their blocks went to.
+    pub moved: HashMap<ChunkNo, ChunkNo>,
+    /// Chunks that could not be deleted lately.
+    pub refused: HashMap<ChunkNo, Duration>,
+    /// So many chunks of discards alone could not be made fewer.
+    pub marks: usize,
+}
+
+/// Plans a batch.
 #[must_use]
-pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, last: ChunkNo, policy: &Policy) -> Plan {
+pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, bounds: &Bounds, policy: &Policy) -> Plan {
     let mut plan = Plan::default();
     let mut sparse: Vec<(ChunkNo, Chunk)> = Vec::new();
-    let mut marks: Vec<ChunkNo> = Vec::new();
-    let mut left = left_over(usage, held, moved, last);
-    for (n, c) in usage.stored(last) {
-        if held.contains(&n) || c.stuck || moved.contains(&n) {
+    let mut marks: Vec<(ChunkNo, u32)> = Vec::new();
+    let mut left = left_over(usage, held, bounds);
+    for (n, c) in usage.stored(bounds.last) {
+        if held.contains(&n) || c.stuck || bounds.moved.contains_key(&n) || bounds.refused.contains_key(&n) {
             continue;
         }
         match (c.live, c.holes) {
@@ -41,16 +56,12 @@ pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, la
                 left.garbage = left.garbage.saturating_sub(c.size());
                 plan.dead.push(n);
             }
-            (0, _) if c.is_marks() => marks.push(n),
+            (0, _) if c.is_marks() => marks.push((n, 0)),
             _ => sparse.push((n, *c)),
         }
     }
-    if marks.len() > MARKS {
-        plan.victims = marks.into_iter().take(BATCH_CHUNKS).collect();
-        return plan;
-    }
     // The emptiest first; of equals the oldest, which has had the longest time to be overwritten.
-    sparse.sort_by(|(a, x), (b, y)| {
+    sparse.sort_unstable_by(|(a, x), (b, y)| {
         let (p, q) = (u64::from(x.live) * y.size(), u64::from(y.live) * x.size());
         p.cmp(&q).then(a.cmp(b))
     });
@@ -67,18 +78,23 @@ pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, la
         live += u64::from(c.live);
         size += c.size();
         freed = size.saturating_sub(packed(live));
-        plan.victims.push(n);
+        plan.victims.push((n, c.live));
     }
-    if live > 0 && freed * WORTH < packed(live) {
-        plan.victims.clear();
+    if freed * WORTH < packed(live) {
+        plan.victims.retain(|v| v.1 == 0);
+    }
+    // Discards that cannot be told in few chunks are let be until there are twice as many.
+    if plan.victims.is_empty() && marks.len() > MARKS.max(2 * bounds.marks) {
+        plan.victims = marks.into_iter().take(BATCH_CHUNKS).collect();
+        plan.is_marks = true;
     }
     plan
 }
 
 /// The totals as they will be when what was emptied is gone.
-fn left_over(usage: &Usage, held: &HashSet<ChunkNo>, moved: &HashSet<ChunkNo>, last: ChunkNo) -> Space {
-    let mut space = usage.space(held, last);
-    for (_, c) in usage.stored(last).filter(|(n, _)| moved.contains(n)) {
+fn left_over(usage: &Usage, held: &HashSet<ChunkNo>, bounds: &Bounds) -> Space {
+    let mut space = usage.space(held, bounds.last);
+    for (_, c) in usage.stored(bounds.last).filter(|(n, _)| bounds.moved.contains_key(n)) {
         space.garbage = space.garbage.saturating_sub(c.size().saturating_sub(packed(u64::from(c.live))));
     }
     space
@@ -124,37 +140,45 @@ mod tests {
         HashSet::new()
     }
 
-    fn numbers(all: &[ChunkNo]) -> Vec<u64> {
-        all.iter().map(|n| n.0).collect()
+    fn until(last: u64) -> Bounds {
+        Bounds { last: ChunkNo(last), ..Bounds::default() }
+    }
+
+    fn dead(p: &Plan) -> Vec<u64> {
+        p.dead.iter().map(|n| n.0).collect()
+    }
+
+    fn victims(p: &Plan) -> Vec<u64> {
+        p.victims.iter().map(|n| n.0.0).collect()
     }
 
     #[test]
     fn the_dead_go_and_the_emptiest_are_emptied_until_it_is_enough() {
         let u = volume(&[1016, 0, 500, 900, 100, 1016, 1016]);
-        let p = plan(&u, &none(), &none(), ChunkNo(7), &policy());
-        assert_eq!(numbers(&p.dead), [2]);
+        let p = plan(&u, &none(), &until(7), &policy());
+        assert_eq!(dead(&p), [2]);
         // Without the dead chunk there is garbage of 0.34 of what lives: nothing else has to go.
-        assert_eq!(numbers(&p.victims), [0; 0]);
-        let p = plan(&u, &none(), &none(), ChunkNo(7), &policy().thorough());
-        assert_eq!(numbers(&p.victims), [5, 3, 4]);
+        assert_eq!(victims(&p), [0; 0]);
+        let p = plan(&u, &none(), &until(7), &policy().thorough());
+        assert_eq!(victims(&p), [5, 3, 4]);
     }
 
     #[test]
     fn what_is_held_or_newer_than_the_map_stays() {
         let u = volume(&[0, 0, 10, 10]);
         let held = HashSet::from([ChunkNo(1), ChunkNo(3)]);
-        let p = plan(&u, &held, &none(), ChunkNo(3), &policy());
-        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![2], vec![]));
-        let p = plan(&u, &none(), &HashSet::from([ChunkNo(4)]), ChunkNo(4), &policy());
-        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![1, 2], vec![3]));
+        let p = plan(&u, &held, &until(3), &policy());
+        assert_eq!((dead(&p), victims(&p)), (vec![2], vec![]));
+        let p = plan(&u, &none(), &Bounds { moved: HashMap::from([(ChunkNo(4), ChunkNo(9))]), ..until(4) }, &policy());
+        assert_eq!((dead(&p), victims(&p)), (vec![1, 2], vec![3]));
     }
 
     #[test]
     fn discards_outlive_the_chunk_that_records_them() {
         let mut u = volume(&[0, 1016]);
         u.set_holes(ChunkNo(1), Holes::Unknown);
-        let p = plan(&u, &none(), &none(), ChunkNo(2), &policy());
-        assert_eq!((numbers(&p.dead), numbers(&p.victims)), (vec![], vec![1]));
+        let p = plan(&u, &none(), &until(2), &policy());
+        assert_eq!((dead(&p), victims(&p)), (vec![], vec![1]));
     }
 
     #[test]
@@ -163,20 +187,24 @@ mod tests {
         for n in 2..=17 {
             u.add(ChunkNo(n), 0, Holes::Some);
         }
-        let at = ChunkNo(99);
-        assert_eq!(plan(&u, &none(), &none(), at, &policy().thorough()), Plan::default());
+        assert_eq!(plan(&u, &none(), &until(99), &policy().thorough()), Plan::default());
         u.add(ChunkNo(18), 0, Holes::Some);
-        assert_eq!(plan(&u, &none(), &none(), at, &policy()).victims.len(), 17);
+        assert_eq!(plan(&u, &none(), &until(99), &policy()).victims.len(), 17);
+        // They could not be made fewer: not again before there are many more.
+        let few = Bounds { marks: 17, ..until(99) };
+        assert_eq!(plan(&u, &none(), &few, &policy()), Plan::default());
+        (19..=36).for_each(|n| u.add(ChunkNo(n), 0, Holes::Some));
+        assert!(plan(&u, &none(), &few, &policy()).is_marks);
     }
 
     #[test]
     fn nothing_is_done_for_nothing() {
         // All is alive: nothing to gain, however small the chunks are.
         let u = volume(&[1016, 1016]);
-        assert_eq!(plan(&u, &none(), &none(), ChunkNo(2), &policy().thorough()), Plan::default());
+        assert_eq!(plan(&u, &none(), &until(2), &policy().thorough()), Plan::default());
         let mut u = volume(&[1016, 10]);
         u.add(ChunkNo(2), 10, Holes::None);
-        assert_eq!(plan(&u, &none(), &none(), ChunkNo(2), &policy().thorough()), Plan::default());
+        assert_eq!(plan(&u, &none(), &until(2), &policy().thorough()), Plan::default());
     }
 
     #[test]

@@ -17,6 +17,8 @@ use crate::units::{ChunkNo, Epoch, Nonce};
 
 /// Deletions at once.
 const PARALLEL: usize = 8;
+/// Between two looks at the manifest.
+const BATCH: usize = 256;
 /// Copies of manifests that are kept.
 const COPIES: usize = 2;
 
@@ -88,6 +90,8 @@ pub struct Swept {
     pub chunks: Vec<ChunkNo>,
     /// Other objects.
     pub others: Vec<String>,
+    /// Chunks that could not be deleted.
+    pub refused: Vec<ChunkNo>,
 }
 
 /// Deletes. `m` is the published manifest by which it is rubbish.
@@ -96,7 +100,7 @@ pub struct Swept {
 /// `Fenced` when the volume is another's by now; the store's, for the first look and the copy. What cannot be deleted is left out of the
 /// result.
 pub async fn sweep(store: &dyn Store, m: &Manifest, rubbish: Rubbish) -> Result<Swept> {
-    Published::load(store, &m.name).await?.check_nonce(m.nonce)?;
+    still_ours(store, m).await?;
     if !rubbish.chunks.is_empty() && !rubbish.is_copied {
         keep_copy(store, m).await?;
     }
@@ -107,25 +111,30 @@ pub async fn sweep(store: &dyn Store, m: &Manifest, rubbish: Rubbish) -> Result<
     });
     let others = rubbish.others.iter().map(|key| (None, key.clone()));
     let mut swept = Swept::default();
-    let mut deletions = stream::iter(chunks.chain(others))
-        .map(|(chunk, key)| async move { (chunk, store.delete(&key).await, key) })
-        .buffer_unordered(PARALLEL);
-    let mut failed: Option<Error> = None;
-    while let Some((chunk, result, key)) = deletions.next().await {
-        match (result, chunk) {
-            (Ok(()), Some(chunk)) => swept.chunks.push(chunk),
-            (Ok(()), None) => swept.others.push(key),
-            (Err(e), _) => failed = failed.or_else(|| Some(e.context(format!("deleting {key}")))),
+    let all: Vec<(Option<ChunkNo>, String)> = chunks.chain(others).collect();
+    for (i, some) in all.chunks(BATCH).enumerate() {
+        if i > 0 {
+            still_ours(store, m).await?;
+        }
+        let mut deletions = stream::iter(some)
+            .map(|(chunk, key)| async move { (chunk, store.delete(key).await, key) })
+            .buffer_unordered(PARALLEL);
+        while let Some((chunk, result, key)) = deletions.next().await {
+            match (result, chunk) {
+                (Ok(()), Some(chunk)) => swept.chunks.push(*chunk),
+                (Ok(()), None) => swept.others.push(key.clone()),
+                (Err(e), _) => {
+                    tracing::warn!("{}: it will be tried again", e.context(format!("deleting {key}")));
+                    swept.refused.extend(chunk);
+                }
+            }
         }
     }
-    match failed {
-        Some(e) if swept.chunks.is_empty() && swept.others.is_empty() => Err(e),
-        Some(e) => {
-            tracing::warn!("{e}: it will be tried again");
-            Ok(swept)
-        }
-        None => Ok(swept),
-    }
+    Ok(swept)
+}
+
+async fn still_ours(store: &dyn Store, m: &Manifest) -> Result<()> {
+    Published::load(store, &m.name).await?.check_nonce(m.nonce)
 }
 
 /// Keeps a copy of the manifest: with it, what the deleted chunks were overwritten by can be told also when the manifest is lost.

@@ -67,7 +67,7 @@ pub struct Space {
     pub stored: u64,
     /// Blocks of them that the map names.
     pub live: u64,
-    /// What snapshots keep and the map does not name.
+    /// What snapshots, or chunks that cannot be emptied, keep and the map does not name.
     pub held: u64,
     /// What nobody needs.
     pub garbage: u64,
@@ -160,8 +160,8 @@ impl Usage {
         for (n, c) in self.chunks.range(..=last) {
             s.stored += c.size();
             s.live += u64::from(c.live);
-            if held.contains(n) {
-                s.held += c.size().saturating_sub(u64::from(c.live) + HEADER_BLOCKS);
+            if held.contains(n) || c.stuck {
+                s.held += c.size().saturating_sub(packed(u64::from(c.live)));
             }
         }
         s.garbage = s.stored.saturating_sub(packed(s.live) + s.held);

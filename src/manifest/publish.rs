@@ -251,10 +251,20 @@ impl Published {
     /// The weaker rule for stores without conditional writes: look, for want of a lock.
     ///
     /// # Errors
-    /// `Fenced` when the manifest is another's.
+    /// `Fenced` when the manifest is another's, `Conflict` when it is not the version that was read: a map that is made of that one may name
+    /// what is gone.
     pub async fn still_ours(&mut self, store: &dyn Store) -> Result<()> {
         let now = Self::load(store, &self.manifest.name).await?;
         now.check_nonce(self.manifest.nonce)?;
+        let id = now.manifest.publish_id;
+        if id != self.manifest.publish_id && !self.unanswered.contains(&id) {
+            let what = format!(
+                "the manifest of volume {:?} has been changed by {} since it was read: try again",
+                now.manifest.name,
+                now.manifest.holder()
+            );
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
         self.version = now.version;
         Ok(())
     }

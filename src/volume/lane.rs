@@ -229,7 +229,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
         if pieces
             .iter()
-            .any(|p| matches!(p.what, Source::Chunk(now) | Source::Damaged(now) if now.chunk() == at.chunk()))
+            .any(|p| matches!(p.what, Source::Chunk(now) | Source::Damaged(now) if (now.source(), now.chunk()) == (at.source(), at.chunk())))
         {
             tracing::error!("block {} lies in chunk {}, which is not in the store", lba.block(), at.chunk());
             unpin(&self.volume.log, &pieces);

@@ -448,7 +448,8 @@ impl Job<'_> {
                     .to_owned(),
             );
         }
-        let number = checkpoints.iter().map(|c| c.0).max().unwrap_or(0) + 1;
+        let last = copy.and_then(|c| c.checkpoint.as_ref()).map(Checkpoint::number);
+        let number = checkpoints.iter().map(|c| c.0).chain(last).max().unwrap_or(0) + 1;
         let map_from = if kept.as_ref().is_some_and(|k| !k.of_chunks) { MapFrom::Copy } else { MapFrom::Chunks };
         let log = fate;
         Ok(Outcome { manifest, assembled: a, map_from, checkpoint_number: number, given_up, lost, log, notes })

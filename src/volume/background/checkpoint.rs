@@ -51,6 +51,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             return;
         }
         let Some(published) = self.published.take() else { return };
+        self.gc.note_cut(self.applied_chunk);
         let (snapshots, replies) = self.due_snapshots(&published.manifest);
         let cut = Cut {
             group: self.applied,

@@ -20,7 +20,7 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Policy;
 use crate::gc::gather::{Draft, Gathered, Ticket, gather, number};
-use crate::gc::plan::{Plan, is_due, plan};
+use crate::gc::plan::{Bounds, Plan, is_due, plan};
 use crate::gc::scan::{Known, Orphans};
 use crate::gc::sweep::{Rubbish, Swept, leftovers, part_keys, sweep};
 use crate::gc::usage::{HEADER_BLOCKS, Holes, Space};
@@ -28,10 +28,13 @@ use crate::manifest::Manifest;
 use crate::map::{BaseImage, Move};
 use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo};
+use crate::volume::take::WEAK_PAUSE;
 use crate::volume::{SpaceStatus, throttle};
 
 /// After a step that has failed.
 const PAUSE_AFTER_TROUBLE: Duration = Duration::from_secs(10);
+/// After one that is of no use to be made again at once: what is damaged, or may not be deleted.
+const PAUSE_AFTER_REFUSAL: Duration = Duration::from_secs(600);
 /// The store is listed only after so many of the policy's pauses: a short attachment collects nothing.
 const PAUSES_FIRST: u32 = 6;
 /// While the log is filling up, garbage is collected only when there is so many times more of it than begins a round.
@@ -75,8 +78,13 @@ pub(super) struct Gc {
     /// A batch that waits for its numbers, and what it empties.
     drafts: Option<Vec<Draft>>,
     emptying: Vec<ChunkNo>,
-    /// Chunks that were emptied, and that the published map names.
-    moved: HashSet<ChunkNo>,
+    bounds: Bounds,
+    /// What is to be done next; made anew when anything has changed.
+    plan: Option<Plan>,
+    /// Discards are being put together.
+    joining: bool,
+    /// Garbage that the last round could not bring back, in blocks.
+    residue: u64,
     /// Garbage is collected until there is little of it.
     in_round: bool,
     wants_checkpoint: bool,
@@ -91,8 +99,9 @@ pub(super) struct Gc {
     /// The version of the manifest that there is a copy of.
     copied: Option<Uuid>,
     orders: Vec<Reply>,
-    /// The orders' round has begun.
+    /// The orders' round has begun; and the last chunk number of the checkpoint that was cut for it: what comes later is left to later rounds.
     ordered: bool,
+    order_last: Option<ChunkNo>,
     told: SpaceStatus,
 }
 
@@ -110,7 +119,10 @@ impl Gc {
             came_since: 0,
             drafts: None,
             emptying: Vec::new(),
-            moved: HashSet::new(),
+            bounds: Bounds::default(),
+            plan: None,
+            joining: false,
+            residue: 0,
             in_round: false,
             wants_checkpoint: false,
             not_before: Duration::ZERO,
@@ -121,6 +133,7 @@ impl Gc {
             copied: None,
             orders: Vec::new(),
             ordered: false,
+            order_last: None,
             told: SpaceStatus::default(),
         }
     }
@@ -136,10 +149,11 @@ impl Gc {
 
     /// The manifest names this map now.
     pub(super) fn note_published(&mut self, m: &Manifest, image: BaseImage) {
-        self.published = Some((image, m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk)));
+        let last = m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk);
+        self.published = Some((image, last));
         self.uncounted = true;
-        self.wants_checkpoint = false;
-        self.moved.clear();
+        // A batch that came after the cut is in no published map yet.
+        self.bounds.moved.retain(|_, batch| *batch > last);
         let parts = part_keys(m);
         if parts != self.parts[0] {
             self.parts = [parts, std::mem::take(&mut self.parts[0])];
@@ -152,14 +166,24 @@ impl Gc {
         self.wants_checkpoint
     }
 
+    /// A checkpoint is cut, with chunks up to `last`.
+    pub(super) fn note_cut(&mut self, last: ChunkNo) {
+        self.wants_checkpoint = false;
+        if self.ordered {
+            self.order_last.get_or_insert(last);
+        }
+    }
+
     /// Whether it is about to do something.
-    pub(super) const fn is_active(&self) -> bool {
-        self.busy || self.in_round || self.ordered
+    pub(super) fn is_active(&self, now: Duration) -> bool {
+        self.busy || (self.in_round || self.ordered) && now >= self.not_before
     }
 
     pub(super) fn order(&mut self, reply: Reply) {
         self.orders.push(reply);
         self.ordered = false;
+        self.order_last = None;
+        self.plan = None;
     }
 
     pub(super) fn take_orders(&mut self) -> Vec<Reply> {
@@ -188,7 +212,6 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
             return;
         }
-        self.number_batch();
         let ordered = !self.gc.orders.is_empty();
         let policy = if ordered { self.volume.gc.thorough() } else { self.volume.gc.clone() };
         if self.gc.busy || !policy.enabled || !ordered && now < self.gc.not_before {
@@ -239,27 +262,29 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     /// What is known is true of the published map.
     fn decide(&mut self, policy: &Policy, now: Duration) {
-        let Some((last, _)) = &self.gc.counted else { return };
-        let (last, gc) = (*last, &mut self.gc);
-        let Some(known) = &gc.known else { return };
-        let collecting = gc.in_round || !gc.orders.is_empty();
-        let looking = collecting || now.saturating_sub(gc.looked) >= LOOK.min(policy.pause);
-        if !looking {
+        let ordered = !self.gc.orders.is_empty();
+        let fill = self.fill(now);
+        let gc = &mut self.gc;
+        let (Some((last, _)), Some(known)) = (&gc.counted, &gc.known) else { return };
+        let collecting = gc.in_round || ordered;
+        if !collecting && now.saturating_sub(gc.looked) < LOOK.min(policy.pause) {
             return;
         }
         gc.looked = now;
         let mapped = self.volume.maps.stats().mapped_blocks;
         let live = (gc.space.live + mapped).saturating_sub(gc.mapped_then);
         let garbage = (gc.space.garbage + gc.came_since + gc.mapped_then).saturating_sub(mapped);
-        let Plan { dead, victims } = plan(&known.usage, &known.held, &gc.moved, last, policy);
-        let others: Vec<String> =
-            gc.orphans.extract_if(.., |(seen, _)| now.saturating_sub(*seen) >= policy.grace).map(|o| o.1).collect();
-        if !dead.is_empty() || !others.is_empty() || gc.untidy >= TIDY_AFTER {
+        gc.bounds.last = gc.order_last.filter(|_| ordered).map_or(*last, |l| l.min(*last));
+        gc.bounds.refused.retain(|_, since| now.saturating_sub(*since) < PAUSE_AFTER_REFUSAL);
+        let plan = gc.plan.get_or_insert_with(|| plan(&known.usage, &known.held, &gc.bounds, policy));
+        let is_over = |o: &&(Duration, String)| now.saturating_sub(o.0) >= policy.grace;
+        let others: Vec<String> = gc.orphans.iter().filter(is_over).map(|o| o.1.clone()).collect();
+        if !plan.dead.is_empty() || !others.is_empty() || gc.untidy >= TIDY_AFTER {
+            let dead = std::mem::take(&mut plan.dead);
             self.sweep(dead, others);
             return;
         }
-        let due = is_due(garbage, live, policy);
-        if due && !gc.in_round {
+        if is_due(garbage.saturating_sub(gc.residue), live, policy) && !gc.in_round {
             gc.in_round = true;
             if gc.came_since > 0 || gc.mapped_then != mapped {
                 // What was counted is not all.
@@ -268,21 +293,27 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
         }
         let urgent = garbage > (live as f64 * policy.start) as u64 * URGENT + policy.slack_blocks * URGENT;
-        if collecting && !victims.is_empty() {
-            if urgent || self.fill(now) < throttle::START {
+        if collecting && !plan.victims.is_empty() {
+            if urgent || fill < throttle::START {
+                gc.joining |= plan.is_marks;
+                let victims = std::mem::take(&mut plan.victims);
                 self.gather(victims);
             }
             return;
         }
-        if !self.gc.moved.is_empty() {
-            self.gc.wants_checkpoint = true;
+        if !gc.bounds.moved.is_empty() {
+            gc.wants_checkpoint = true;
             return;
         }
         if collecting {
-            self.gc.in_round = false;
-            self.gc.ordered = false;
-            self.gc.not_before = now + policy.pause;
-            for reply in self.gc.take_orders() {
+            gc.in_round = false;
+            gc.ordered = false;
+            gc.order_last = None;
+            gc.plan = None;
+            gc.not_before = now + self.volume.gc.pause;
+            let normal = (live as f64 * self.volume.gc.stop) as u64 + self.volume.gc.slack_blocks;
+            gc.residue = garbage.saturating_sub(normal);
+            for reply in gc.take_orders() {
                 let _ = reply.send(Ok(()));
             }
         }
@@ -296,9 +327,13 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let kept: HashSet<String> = self.gc.parts.iter().flatten().cloned().collect();
         self.gc.busy = true;
         self.gc.untidy = 0;
-        let store = self.store.clone();
+        let (store, timer) = (self.store.clone(), self.timer.clone());
         self.spawn(async move {
             let result = async {
+                if !m.conditional_writes {
+                    // Whoever takes the volume by what it said before has written by then, and is seen.
+                    timer.sleep(WEAK_PAUSE).await;
+                }
                 let left = leftovers(&*store, &m, &kept).await?;
                 others.extend(left);
                 sweep(&*store, &m, Rubbish { chunks, others, is_copied }).await
@@ -307,7 +342,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         });
     }
 
-    fn gather(&mut self, victims: Vec<ChunkNo>) {
+    fn gather(&mut self, victims: Vec<(ChunkNo, u32)>) {
         let Some(known) = &self.gc.known else { return };
         let image = known.usage.image().clone();
         let (store, keys, bodies) = (self.store.clone(), self.reader.keys().clone(), self.bodies.clone());
@@ -318,10 +353,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     pub(super) fn garbage_done(&mut self, done: GcDone) {
         let now = self.timer.now();
         self.gc.busy = false;
+        self.gc.plan = None;
         let failed = match done {
             GcDone::Scanned { known, of, result } => self.scanned(known, *of, result, now).err(),
             GcDone::Gathered(result) => result.map(|g| self.gathered(g)).err(),
-            GcDone::Swept { result, copied } => result.map(|s| self.swept(s, copied)).err(),
+            GcDone::Swept { result, copied } => result.map(|s| self.swept(s, copied, now)).err(),
         };
         match failed {
             None => {}
@@ -330,10 +366,13 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 let what = "collecting garbage";
                 if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::NotFound) {
                     tracing::warn!("{what}: {e}: nothing is deleted");
+                    self.gc.not_before = now + PAUSE_AFTER_REFUSAL;
                 } else {
                     trouble(&self.volume, what, &e);
+                    self.gc.not_before = now + PAUSE_AFTER_TROUBLE;
                 }
-                self.gc.not_before = now + PAUSE_AFTER_TROUBLE;
+                self.gc.ordered = false;
+                self.gc.order_last = None;
                 self.gc.uncounted = true;
                 for reply in self.gc.take_orders() {
                     let _ = reply.send(Err(Error::new(e.kind(), format!("{what}: {e}"))));
@@ -352,6 +391,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         no_trouble(&self.volume);
         gc.orphans.extend(orphans.into_iter().map(|key| (now, key)));
         gc.space = known.usage.space(&known.held, of.last_chunk);
+        if std::mem::take(&mut gc.joining) {
+            gc.bounds.marks = known.usage.stored(of.last_chunk).filter(|c| c.1.is_marks()).count();
+        }
         gc.mapped_then = of.image.mapped_blocks();
         gc.came_since = known.usage.stored(ChunkNo(u64::MAX)).filter(|c| c.0 > of.last_chunk).map(|c| c.1.size()).sum();
         gc.counted = Some((of.last_chunk, of.snapshots));
@@ -375,7 +417,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     /// Puts a batch in line with the groups.
-    fn number_batch(&mut self) {
+    pub(super) fn number_batch(&mut self) {
         if self.groups.iter().any(|g| g.chunks.is_none()) {
             return;
         }
@@ -391,8 +433,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Ok(made) => made,
             Err(e) => {
                 tracing::error!("collecting garbage: {e}");
-                self.gc.busy = false;
-                self.gc.not_before = Duration::MAX;
+                let gc = &mut self.gc;
+                (gc.busy, gc.plan) = (false, None);
+                let emptying = std::mem::take(&mut gc.emptying);
+                if let Some(known) = &mut gc.known {
+                    emptying.into_iter().for_each(|n| known.usage.set_stuck(n));
+                }
                 return;
             }
         };
@@ -421,32 +467,42 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.gc.note_chunk(&c.header);
             self.gc.told.gc_written_bytes += c.body.len() as u64;
         }
+        // What stood behind it did not take so long itself.
+        self.last_retired = self.timer.now();
         let gc = &mut self.gc;
-        gc.busy = false;
+        (gc.busy, gc.plan) = (false, None);
+        let last = chunks.iter().map(|c| c.header.chunk).max().unwrap_or_default();
         let emptied = std::mem::take(&mut gc.emptying);
         if let Some(known) = &mut gc.known {
             // What they record of discards is recorded elsewhere now.
             emptied.iter().for_each(|n| known.usage.set_holes(*n, Holes::None));
         }
-        gc.moved.extend(emptied);
+        gc.bounds.moved.extend(emptied.into_iter().map(|n| (n, last)));
         tracing::debug!(chunks = chunks.len(), of = moves.len(), moved, "live blocks were put together");
     }
 
-    fn swept(&mut self, s: Swept, copied: Option<Uuid>) {
+    fn swept(&mut self, s: Swept, copied: Option<Uuid>, now: Duration) {
         let gc = &mut self.gc;
         no_trouble(&self.volume);
         gc.copied = copied;
+        gc.bounds.refused.extend(s.refused.iter().map(|n| (*n, now)));
+        gc.orphans.retain(|o| !s.others.contains(&o.1));
+        // One that could not be deleted waits once more.
+        let grace = self.volume.gc.grace;
+        gc.orphans.iter_mut().filter(|o| now.saturating_sub(o.0) >= grace).for_each(|o| o.0 = now);
         gc.told.gc_deleted_objects += (s.chunks.len() + s.others.len()) as u64;
         if let Some(known) = &mut gc.known {
             s.chunks.iter().for_each(|n| known.usage.remove(*n));
             let before = gc.space.stored;
             gc.space = known.usage.space(&known.held, gc.counted.as_ref().map_or(ChunkNo(0), |c| c.0));
             let freed = before.saturating_sub(gc.space.stored);
-            tracing::info!(
-                "volume {:?}: {} objects were deleted that nothing needs any more ({freed} blocks)",
-                self.volume.name(),
-                s.chunks.len() + s.others.len()
-            );
+            let count = s.chunks.len() + s.others.len();
+            if count > 0 {
+                let name = self.volume.name();
+                tracing::info!(
+                    "volume {name:?}: {count} objects are deleted that nothing needs any more ({freed} blocks)"
+                );
+            }
         }
         self.tell_space();
     }

@@ -345,6 +345,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             return;
         }
         if self.volume.is_confirmed() {
+            self.number_batch();
             self.cut_group(now);
             self.start_uploads();
             self.retire_groups(now);
@@ -406,7 +407,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     fn arm_tick(&self) {
         let busy = !self.groups.is_empty()
             || self.held
-            || self.gc.is_active()
+            || self.gc.is_active(self.timer.now())
             || self.volume.log.passed_seq() > self.applied_seq
             || self.detach.is_some();
         let (timer, volume) = (self.timer.clone(), self.volume.clone());

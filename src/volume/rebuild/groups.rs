@@ -188,12 +188,9 @@ impl Assembler<'_> {
         self.stopped |= self.out.volumes.len() > 1;
         if h.group.0 == 0 {
             // Garbage collection wrote it, and no map that was published names it, or it would be in the ground: all that it has is
-            // elsewhere, too. Its number was given out.
-            self.close()?;
+            // elsewhere, too. If the map that names it is lost with all copies, the groups that it relies on are not whole.
+            self.out.relied_on = self.out.relied_on.max(h.applied_through);
             self.out.end.ignored += 1;
-            if !self.stopped {
-                self.out.end.last_chunk = self.out.end.last_chunk.max(h.chunk);
-            }
             return Ok(());
         }
         if self.open.first().is_some_and(|o| o.group != h.group || o.epoch != h.epoch) {

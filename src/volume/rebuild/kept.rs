@@ -46,18 +46,17 @@ impl Kept {
     }
 }
 
-/// Looks for the newest copy that is readable; `None` when there is none: nothing was ever collected.
+/// Looks for the newest copy; `None` when there is none: nothing was ever collected.
 ///
 /// # Errors
-/// `Corrupt` when there are copies, and none is readable; the store's.
+/// `Corrupt` when it is damaged: an older one names chunks that are gone. The store's.
 pub(super) async fn newest(store: &dyn Store, name: &str) -> Result<Option<Manifest>> {
     let all = copies(store, name).await?;
-    let are_some = !all.is_empty();
-    let newest = all.into_iter().rev().find_map(|(_, m)| m);
-    if newest.is_none() && are_some {
+    let Some((key, newest)) = all.into_iter().next_back() else { return Ok(None) };
+    if newest.is_none() {
         let what = format!(
-            "garbage was collected in volume {name:?}, and the copies of its manifest that tell how far are damaged: put manifest.json, or one \
-             of them, back from a copy of the store"
+            "garbage was collected in volume {name:?}, and {key}, the copy of its manifest that tells how far, is damaged: put that or \
+             manifest.json back from a copy of the store"
         );
         return Err(Error::new(ErrorKind::Corrupt, what));
     }
