@@ -219,6 +219,32 @@ fn a_request_waits_no_longer_than_it_may() {
     host.detach().unwrap();
 }
 
+/// A call that is tried again has not failed yet, and may not for an hour: `status` must not keep silent for so long.
+#[test]
+fn the_status_says_at_once_that_the_store_does_not_answer() {
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 5, 1, 9).await);
+    host.detach().unwrap();
+    let host = Host::attach(AttachOptions { io_timeout: Some(LIMIT), ..bench.options() }).unwrap();
+    let (here, away) = (bench.dir.path().join("store"), bench.dir.path().join("elsewhere"));
+    fs::rename(&here, &away).unwrap();
+    on_lane(host.volume(), async |e| assert_eq!(get(&e, 5).await, Err(IoFault::TimedOut)));
+    let trouble = || host.volume().status().background;
+    pause(Duration::from_secs(2));
+    let said = trouble();
+    assert!(said.store_trouble.as_ref().is_some_and(|t| t.contains("store folder")), "{said:?}");
+    assert!(said.store_trouble_secs.is_some_and(|s| s > 0.5), "{said:?}");
+    fs::rename(&away, &here).unwrap();
+    let begun = Instant::now();
+    while on_lane(host.volume(), async |e| get(&e, 5).await) != Ok(9) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", trouble());
+    }
+    let said = trouble();
+    assert_eq!((said.store_trouble, said.store_trouble_secs), (None, None));
+    host.detach().unwrap();
+}
+
 /// As if another host had taken it. One look that finds none may be an outage; three in a row are not.
 #[test]
 fn a_volume_that_is_deleted_meanwhile_is_lost() {
