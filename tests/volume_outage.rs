@@ -5,6 +5,7 @@ mod support_rng;
 mod volume_support;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
@@ -91,6 +92,37 @@ fn it_serves_while_the_store_is_away_and_is_whole_when_that_comes_back() {
     bench.wipe_local();
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| compare(&e, &model, "from the store alone").await);
+    host.detach().unwrap();
+}
+
+/// The store may have more than the dead process's log knows of. That is read from there: the log's room is free for others.
+#[test]
+fn what_the_store_has_is_not_read_from_the_log() {
+    let (bench, mut model) = (Bench::new(SIZE), vec![0; SIZE]);
+    let host = bench.attach().unwrap();
+    let (here, away) = (bench.dir.path().join("store"), bench.dir.path().join("elsewhere"));
+    fs::rename(&here, &away).unwrap();
+    on_lane(host.volume(), async |e| {
+        put(&e, 100, 8, 7).await;
+        e.flush().await.unwrap();
+    });
+    model[100 * 4096..108 * 4096].fill(7);
+    // As the disk has it if the process dies after the upload, and before it has noted that in the log.
+    let log = fs::read(bench.log()).unwrap();
+    fs::rename(&away, &here).unwrap();
+    drain(host.volume());
+    host.abandon().unwrap();
+    let block = log.windows(4096).step_by(4096).position(|b| b.iter().all(|x| *x == 7)).expect("it is in the log");
+    fs::write(bench.log(), &log).unwrap();
+
+    let host = resume(&bench);
+    confirm(host.volume());
+    assert_eq!(host.volume().status().log.entries, 0, "the store has it all");
+    // What the next round of the log would do there.
+    let file = fs::OpenOptions::new().write(true).open(bench.log()).unwrap();
+    file.write_all_at(&[3; 8 * 4096], block as u64 * 4096).unwrap();
+    file.sync_all().unwrap();
+    on_lane(host.volume(), async |e| compare(&e, &model, "from the store").await);
     host.detach().unwrap();
 }
 
