@@ -271,3 +271,73 @@ fn signals_in_a_pair_are_one_wish_and_a_later_one_ends_the_wait() {
     server.signal(Signal::SIGTERM);
     assert_eq!(server.end().0, Some(0));
 }
+
+/// Flips a bit of the header of the record whose data begins with a block full of `byte`.
+fn damage_the_record_of(log: &str, byte: u8) {
+    let mut bytes = std::fs::read(log).expect("the log");
+    let blocks = bytes.chunks(4096).collect::<Vec<_>>();
+    let data = blocks.iter().position(|b| b.iter().all(|x| *x == byte)).expect("the write is in the log");
+    bytes[(data - 1) * 4096 + 100] ^= 4;
+    std::fs::write(log, bytes).expect("write");
+}
+
+#[test]
+fn a_damaged_log_is_refused_with_what_it_concerns_and_accept_loss_goes_on() {
+    let b = Bench::new();
+    let socket = b.path("nbd.sock");
+    let args = ["--unix", &socket, "--volume", "v", "--create-size", "64M", "--linger", "3600"];
+    let serve = |more: &[&str]| {
+        let mut server = Running::of(&mut b.nbd(&[&args[..], more].concat()));
+        assert!(server.line().starts_with("nbd+unix:"));
+        server
+    };
+    let qemu_io = |orders: &[&str]| {
+        let orders = orders.iter().flat_map(|o| ["-c", o]);
+        let uri = format!("nbd+unix:///v?socket={socket}");
+        let out = Command::new("qemu-io").args(["-f", "raw"]).args(orders).arg(&uri).output().expect("qemu-io");
+        out.status.success() && !String::from_utf8_lossy(&out.stdout).contains("verification failed")
+    };
+    let served = |server: &mut Running| {
+        server.signal(Signal::SIGTERM);
+        let (code, said) = server.end();
+        assert_eq!(code, Some(0), "{said}");
+        said
+    };
+    let mut server = serve(&[]);
+    assert!(qemu_io(&["read -P 0 0 64k"]));
+    // Out of reach, so that what follows is in the log alone.
+    let (store, away) = (b.path("data/store"), b.path("away"));
+    std::fs::rename(&store, &away).expect("rename");
+    let writes = ["write -P 1 0 64k", "flush", "write -P 2 1M 64k", "flush", "write -P 3 2M 64k", "flush"];
+    assert!(qemu_io(&writes) && qemu_io(&["write -P 4 3M 64k", "flush"]));
+    server.signal(Signal::SIGKILL);
+    server.end();
+    std::fs::rename(&away, &store).expect("rename");
+    let log = b.path("data/wal/v.wal");
+    damage_the_record_of(&log, 2);
+    let damaged = std::fs::read(&log).expect("the log");
+
+    let mut server = serve(&[]);
+    assert!(!qemu_io(&["read 0 64k"]), "it serves a volume whose log is damaged");
+    let said = served(&mut server);
+    let refusal = said.lines().find(|l| l.contains("--accept-loss")).expect("a word of what to do");
+    // The sectors of the write behind the damaged one, which can be read.
+    assert!(refusal.contains("4096 to 4223") && refusal.contains("end with entry 1"), "{refusal}");
+    assert!(std::fs::read(&log).expect("the log") == damaged, "a refusal has changed the log");
+
+    let mut server = serve(&["--accept-loss"]);
+    assert!(qemu_io(&[
+        "read -P 1 0 64k",
+        "read -P 0 1M 64k",
+        "read -P 0 2M 64k",
+        "read -P 0 3M 64k",
+        "write -P 9 1M 64k"
+    ]));
+    let said = served(&mut server);
+    assert!(said.contains("v.wal.lost-1"), "{said}");
+    assert!(std::fs::read(b.path("data/wal/v.wal.lost-1")).expect("the copy") == damaged, "not the log as it was");
+    // From then on the log is whole.
+    let mut server = serve(&[]);
+    assert!(qemu_io(&["read -P 1 0 64k", "read -P 9 1M 64k", "read -P 0 2M 64k"]));
+    served(&mut server);
+}

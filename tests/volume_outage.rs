@@ -5,6 +5,7 @@ mod support_rng;
 mod volume_support;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
@@ -91,6 +92,37 @@ fn it_serves_while_the_store_is_away_and_is_whole_when_that_comes_back() {
     bench.wipe_local();
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| compare(&e, &model, "from the store alone").await);
+    host.detach().unwrap();
+}
+
+/// The store may have more than the dead process's log knows of. That is read from there: the log's room is free for others.
+#[test]
+fn what_the_store_has_is_not_read_from_the_log() {
+    let (bench, mut model) = (Bench::new(SIZE), vec![0; SIZE]);
+    let host = bench.attach().unwrap();
+    let (here, away) = (bench.dir.path().join("store"), bench.dir.path().join("elsewhere"));
+    fs::rename(&here, &away).unwrap();
+    on_lane(host.volume(), async |e| {
+        put(&e, 100, 8, 7).await;
+        e.flush().await.unwrap();
+    });
+    model[100 * 4096..108 * 4096].fill(7);
+    // As the disk has it if the process dies after the upload, and before it has noted that in the log.
+    let log = fs::read(bench.log()).unwrap();
+    fs::rename(&away, &here).unwrap();
+    drain(host.volume());
+    host.abandon().unwrap();
+    let block = log.windows(4096).step_by(4096).position(|b| b.iter().all(|x| *x == 7)).expect("it is in the log");
+    fs::write(bench.log(), &log).unwrap();
+
+    let host = resume(&bench);
+    confirm(host.volume());
+    assert_eq!(host.volume().status().log.entries, 0, "the store has it all");
+    // What the next round of the log would do there.
+    let file = fs::OpenOptions::new().write(true).open(bench.log()).unwrap();
+    file.write_all_at(&[3; 8 * 4096], block as u64 * 4096).unwrap();
+    file.sync_all().unwrap();
+    on_lane(host.volume(), async |e| compare(&e, &model, "from the store").await);
     host.detach().unwrap();
 }
 
@@ -216,6 +248,32 @@ fn a_request_waits_no_longer_than_it_may() {
         }
         assert_eq!((get(&e, failed * 256).await, get(&e, 30_001).await), (Ok(77), Ok(9)));
     });
+    host.detach().unwrap();
+}
+
+/// A call that is tried again has not failed yet, and may not for an hour: `status` must not keep silent for so long.
+#[test]
+fn the_status_says_at_once_that_the_store_does_not_answer() {
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 5, 1, 9).await);
+    host.detach().unwrap();
+    let host = Host::attach(AttachOptions { io_timeout: Some(LIMIT), ..bench.options() }).unwrap();
+    let (here, away) = (bench.dir.path().join("store"), bench.dir.path().join("elsewhere"));
+    fs::rename(&here, &away).unwrap();
+    on_lane(host.volume(), async |e| assert_eq!(get(&e, 5).await, Err(IoFault::TimedOut)));
+    let trouble = || host.volume().status().background;
+    pause(Duration::from_secs(2));
+    let said = trouble();
+    assert!(said.store_trouble.as_ref().is_some_and(|t| t.contains("store folder")), "{said:?}");
+    assert!(said.store_trouble_secs.is_some_and(|s| s > 0.5), "{said:?}");
+    fs::rename(&away, &here).unwrap();
+    let begun = Instant::now();
+    while on_lane(host.volume(), async |e| get(&e, 5).await) != Ok(9) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", trouble());
+    }
+    let said = trouble();
+    assert_eq!((said.store_trouble, said.store_trouble_secs), (None, None));
     host.detach().unwrap();
 }
 

@@ -35,7 +35,7 @@ pub(super) fn take(run: &RunDir, volume: &VolumeName) -> Result<Held> {
         return Err(Error::new(ErrorKind::Busy, what));
     };
     if let Some(state) = state
-        && let Some(n) = serve::device_left_by(&state)?
+        && let Some(n) = serve::device_left_by(&state)?.map(|d| d.id)
     {
         let what = format!(
             "volume {volume} was served as /dev/ublkb{n} by process {}, which died, and the device is still there: `vb-ublk recover -n {n}` \

@@ -124,7 +124,7 @@ fn bury(run: &RunDir, state: &State, force: bool) -> Result<()> {
         let what = format!("volume {volume} is just being attached by another process: try again");
         return Err(Error::new(ErrorKind::Busy, what));
     };
-    if let Some(n) = serve::device_left_by(state)? {
+    if let Some(n) = serve::device_left_by(state)?.map(|d| d.id) {
         let device = engine::device_path(n);
         let in_use = engine::is_in_use(&device);
         let device = device.display();

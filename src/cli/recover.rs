@@ -116,7 +116,8 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
     let held = lock(run, volume)?;
     // Read again: now nobody else changes it.
     let Some(dead) = run.read(volume)? else { return Ok(None) };
-    let Some(n) = serve::device_left_by(&dead)? else { return Ok(None) };
+    let Some(device) = serve::device_left_by(&dead)? else { return Ok(None) };
+    let n = device.id;
     let Some(how) = dead.how.clone() else {
         let what = format!(
             "/dev/ublkb{n} was served by a program that did not write down how: remove it with `vb-ublk del -n {n}`, then attach \
@@ -137,6 +138,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
     let mut state = State::new(volume.clone(), dead.store.clone(), dead.wal.clone(), Some(run.log_path(volume)));
     // From the start: a recovery that fails is still somebody's device.
     state.device = Some(n);
+    state.taken_from = (device.pid > 0).then_some(device.pid);
     state.how = Some(how.clone());
     Ok(Some(Plan {
         attach: AttachOptions {

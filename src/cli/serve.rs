@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::control::{self, Daemon, Order};
 use super::daemonize::{Reporter, Side, daemonize};
-use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, StopHandle, View};
+use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, DeviceStatus, StopHandle, View};
 use super::jobs::Jobs;
 use super::notify::{Word, tell};
 use super::output::print;
@@ -82,16 +82,16 @@ impl Told {
 }
 
 /// The device that a dead daemon left in the kernel, if it is still there and still its own.
-pub(super) fn device_left_by(state: &State) -> Result<Option<u32>> {
+pub(super) fn device_left_by(state: &State) -> Result<Option<DeviceStatus>> {
     let Some(n) = state.device else { return Ok(None) };
-    let left = engine::device(n)?.is_some_and(|d| is_left_by(d.pid, state.pid));
-    Ok(left.then_some(n))
+    Ok(engine::device(n)?.filter(|d| is_left_by(d.pid, state)))
 }
 
-/// Whether a device of the number that process `dead` had is what that left. The kernel forgets the process when it
-/// has noticed its death, while the device still counts as live for a moment; one that another process serves since has that.
-fn is_left_by(pid: i32, dead: u32) -> bool {
-    pid <= 0 || u32::try_from(pid) == Ok(dead)
+/// Whether a device of the number that a dead process had is what that left. The kernel forgets a process when it has noticed its
+/// death, while the device still counts as live for a moment; one that another process serves since has that. Who died while
+/// taking a device up may have been quicker than the kernel.
+fn is_left_by(pid: i32, dead: &State) -> bool {
+    pid <= 0 || u32::try_from(pid) == Ok(dead.pid) || dead.taken_from == Some(pid)
 }
 
 /// What the threads share.
@@ -272,7 +272,10 @@ fn attach_and_serve(
             &spec,
             |device| {
                 let path = device.path.display().to_string();
-                if let Err(e) = shared.record(|s| s.device = Some(device.id)) {
+                if let Err(e) = shared.record(|s| {
+                    s.device = Some(device.id);
+                    s.taken_from = None;
+                }) {
                     tracing::error!("{e}; other commands will not find the device");
                 }
                 *shared.phase() = Phase::Serving;
@@ -374,8 +377,15 @@ mod tests {
 
     #[test]
     fn a_dead_ones_device_is_known_before_and_after_the_kernel_notices() {
+        let mut dead = State::new("v".parse().expect("name"), "file:///s".into(), "/w".into(), None);
+        dead.pid = 7;
         for (pid, left) in [(7, true), (-1, true), (0, true), (8, false)] {
-            assert_eq!(is_left_by(pid, 7), left, "{pid}");
+            assert_eq!(is_left_by(pid, &dead), left, "{pid}");
+        }
+        // It died while it took the device up from 8, whose death the kernel has not noticed yet.
+        dead.taken_from = Some(8);
+        for (pid, left) in [(7, true), (-1, true), (8, true), (9, false)] {
+            assert_eq!(is_left_by(pid, &dead), left, "{pid}");
         }
     }
 }

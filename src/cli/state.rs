@@ -52,6 +52,9 @@ pub(crate) struct State {
     pub(crate) started_unix_secs: u64,
     /// N of `/dev/ublkbN`; none before it serves, and after it has been stopped.
     pub(crate) device: Option<u32>,
+    /// While the device is being taken up: the process that the kernel still has as its server, dead though it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) taken_from: Option<i32>,
     /// Where it is served over NBD, as URIs; none when it is served as a device.
     #[serde(default)]
     pub(crate) nbd: Vec<String>,
@@ -75,6 +78,7 @@ impl State {
             pid: std::process::id(),
             started_unix_secs: super::engine::now_unix(),
             device: None,
+            taken_from: None,
             nbd: Vec::new(),
             store,
             wal,

@@ -269,10 +269,16 @@ impl Inner {
 
     fn read_error(&self, key: &str, e: io::Error) -> Error {
         match e.kind() {
+            IoKind::NotFound if !self.root.exists() => self.away(),
             // A folder of that name, or a file where a folder would be: no such object.
             IoKind::NotFound | IoKind::IsADirectory | IoKind::NotADirectory => no_such_object(&self.url(), key),
             _ => Error::io(format!("reading {key} in {}", self.url()), e),
         }
+    }
+
+    /// The whole folder has gone since it was opened: that says nothing of any object, and may pass by itself.
+    fn away(&self) -> Error {
+        Error::new(ErrorKind::Unreachable, format!("the store folder {} is not there any more", self.root.display()))
     }
 
     fn read_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
@@ -356,6 +362,7 @@ impl Inner {
             let path = self.root.join(&folder);
             let entries = match fs::read_dir(&path) {
                 Ok(entries) => entries,
+                Err(e) if e.kind() == IoKind::NotFound && !self.root.exists() => return Err(self.away()),
                 // Nothing there (any more), or an object of that name.
                 Err(e) if folder.is_empty() => return Err(Error::io(format!("listing {}", self.url()), e)),
                 Err(e) if matches!(e.kind(), IoKind::NotFound | IoKind::NotADirectory) => continue,
@@ -477,6 +484,23 @@ mod tests {
         FileStore::open(&root, false).await.expect("there now");
         fs::write(dir.path().join("f"), "").expect("write");
         assert_eq!(FileStore::open(&dir.path().join("f"), true).await.expect_err("a file").kind(), ErrorKind::Usage);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_goes_away_says_nothing_of_its_objects() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (root, elsewhere) = (dir.path().join("s"), dir.path().join("t"));
+        let s = FileStore::open(&root, true).await.expect("open");
+        s.put("v/k", Bytes::from_static(b"xyz")).await.expect("put");
+        fs::rename(&root, &elsewhere).expect("move it away");
+        assert_eq!(s.get("v/k").await.expect_err("away").kind(), ErrorKind::Unreachable);
+        assert_eq!(s.get_range("v/k", 0..1).await.expect_err("away").kind(), ErrorKind::Unreachable);
+        assert_eq!(s.list("v/", None).await.expect_err("away").kind(), ErrorKind::Unreachable);
+        s.put("v/l", Bytes::new()).await.expect_err("away");
+        assert!(!root.exists(), "nobody makes a store anew in its place");
+        fs::rename(&elsewhere, &root).expect("move it back");
+        assert_eq!(s.get("v/k").await.expect("get").0, "xyz");
+        assert_eq!(s.get("v/l").await.expect_err("none").kind(), ErrorKind::NotFound);
     }
 
     #[tokio::test]

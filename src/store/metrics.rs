@@ -1,8 +1,8 @@
-//! Counts what goes through a store.
+//! Counts what goes through a store, and knows whether it answers.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -103,13 +103,21 @@ impl Counters {
 pub struct Metrics {
     inner: Arc<dyn Store>,
     counters: [Counters; Op::ALL.len()],
+    /// Why the last call had no answer, if it had none. Who tries again behind this tells nobody for an hour.
+    silence: Mutex<Option<String>>,
 }
 
 impl Metrics {
     /// Wraps `inner`.
     #[must_use]
     pub fn new(inner: Arc<dyn Store>) -> Self {
-        Self { inner, counters: Default::default() }
+        Self { inner, counters: Default::default(), silence: Mutex::default() }
+    }
+
+    /// Why the store does not answer, from the first call that had none to the next that has one.
+    #[must_use]
+    pub fn silence(&self) -> Option<String> {
+        self.silence.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The counters now.
@@ -122,6 +130,9 @@ impl Metrics {
     fn count<T>(&self, op: Op, result: Result<T>, received: impl FnOnce(&T) -> usize, sent: usize) -> Result<T> {
         let c = &self.counters[op as usize];
         c.requests.fetch_add(1, Ordering::Relaxed);
+        // A refusal, or that there is no such object, is an answer.
+        let silence = result.as_ref().err().filter(|e| e.kind().is_transient()).map(ToString::to_string);
+        *self.silence.lock().unwrap_or_else(PoisonError::into_inner) = silence;
         match &result {
             Ok(value) => {
                 c.bytes_in.fetch_add(received(value) as u64, Ordering::Relaxed);
@@ -171,7 +182,23 @@ impl Store for Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
+    use crate::store::fault::{Fault, FaultStore};
     use crate::store::memory::MemoryStore;
+
+    #[tokio::test]
+    async fn it_knows_whether_the_store_answers() {
+        let away = Fault::Before(ErrorKind::Unreachable);
+        let script = [(Op::Put, away), (Op::Put, Fault::Before(ErrorKind::Throttled))];
+        let s = Metrics::new(Arc::new(FaultStore::script(Arc::new(MemoryStore::new()), script)));
+        assert_eq!(s.silence(), None);
+        for _ in 0..2 {
+            let why = s.put("a", Bytes::new()).await.expect_err("away");
+            assert_eq!(s.silence(), Some(why.to_string()));
+        }
+        s.get("b").await.expect_err("no such object");
+        assert_eq!(s.silence(), None, "that was an answer");
+    }
 
     #[tokio::test]
     async fn every_kind_has_its_own_counters() {

@@ -207,9 +207,9 @@ pub(crate) fn who() -> Writer {
 }
 
 /// The two ways to the same store, over `backend`. The retries are above the counters: each try is a request.
-fn stores(backend: &Arc<Metrics>) -> Stores {
+fn stores(backend: &Arc<Metrics>, attach: Policy) -> Stores {
     Stores {
-        attach: Arc::new(Retry::new(backend.clone(), Policy::attach())),
+        attach: Arc::new(Retry::new(backend.clone(), attach)),
         background: Arc::new(Retry::new(backend.clone(), Policy::background())),
     }
 }
@@ -229,7 +229,8 @@ async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, Tok
     if let (volume, Some(snapshot)) = admin::split_name(&opts.volume)? {
         let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
         let of = (volume, snapshot);
-        let attached = fixed::open(stores(&backend), of, &opts.log_path, opts.io_timeout, salts()).await?;
+        let attached =
+            fixed::open(stores(&backend, Policy::attach()), of, &opts.log_path, opts.io_timeout, salts()).await?;
         attached.volume.count_store(backend);
         return Ok(attached);
     }
@@ -240,7 +241,7 @@ async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, Tok
     }
     let wanted = geometry_for(opts.log_bytes)?;
     let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
-    let stores = stores(&backend);
+    let stores = stores(&backend, Policy::attach());
     let published = Published::load(&*stores.attach, &opts.volume).await?;
     let (file, superblock) = open_log(&opts.log_path, &published, opts).await?;
     // A device is used whole.
@@ -263,7 +264,8 @@ async fn open_and_resume(opts: &AttachOptions) -> Result<Option<Attached<UringDi
     let geometry = geometry_of(&superblock.current);
     let backend = Arc::new(Metrics::new(Arc::new(Lazy::new(opts.store_url.clone(), opts.store_options.clone()))));
     let log = OpenLog { file: Arc::new(file), disk, superblock: Some(superblock), geometry, salt: salts() };
-    let attached = resume(stores(&backend), &opts.volume, log, TokioTimer, request(opts)?).await?;
+    // Nobody waits for the taking, and one call of it that fails has all of them made again.
+    let attached = resume(stores(&backend, Policy::long_run()), &opts.volume, log, TokioTimer, request(opts)?).await?;
     attached.volume.count_store(backend);
     Ok(Some(attached))
 }

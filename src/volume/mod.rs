@@ -429,6 +429,11 @@ impl Volume {
         self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner).push(metrics);
     }
 
+    /// Why the store does not answer, while it does not.
+    pub(crate) fn store_silence(&self) -> Option<String> {
+        self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner).iter().find_map(|m| m.silence())
+    }
+
     fn store_counts(&self) -> Snapshot {
         let all = self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner);
         all.iter().map(|m| m.snapshot()).fold(Snapshot::default(), Snapshot::plus)
@@ -438,6 +443,12 @@ impl Volume {
     #[must_use]
     pub fn status(&self) -> VolumeStatus {
         let maps = self.maps.stats();
+        let mut background = self.background.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // What is tried again has not failed yet, and may not for an hour.
+        background.store_trouble = background.store_trouble.or_else(|| self.store_silence());
+        if background.store_trouble.is_none() {
+            background.store_trouble_secs = None;
+        }
         VolumeStatus {
             name: self.name.clone(),
             uuid: self.uuid,
@@ -453,7 +464,7 @@ impl Volume {
             write_limit: self.throttle.limit(),
             timeouts: self.timeouts.load(Ordering::Relaxed),
             failure: self.gone_reason.get().cloned().or_else(|| self.log.failure().map(str::to_owned)),
-            background: self.background.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            background,
             store_requests: self.store_counts(),
         }
     }

@@ -337,6 +337,16 @@ async fn look_again(store: &dyn Store, m: &Manifest, report: &mut Report) -> Res
             )));
         }
     };
+    if now.publish_id != m.publish_id && report.chunks_missing > 0 {
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            format!(
+                "volume {:?} was written while it was verified, and {} chunks that its map named are gone: its host may have collected them as \
+                 garbage; verify a snapshot of it in its place, or the volume when nobody has it attached",
+                m.name, report.chunks_missing
+            ),
+        ));
+    }
     if now.publish_id != m.publish_id {
         report.notes.push(format!(
             "the manifest has changed meanwhile (it has epoch {} now): what was verified is the volume as of epoch {} and its \

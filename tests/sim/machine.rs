@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use vb_ublk::disk::{Disk, IoBuf};
-use vb_ublk::units::SECTOR;
+use vb_ublk::units::{BLOCK, SECTOR};
+use vb_ublk::wal::codec::SLOTS_START;
 
 use crate::support_rng::Rng;
 
@@ -56,6 +57,8 @@ struct State {
     next: u64,
     fail_write: bool,
     fail_sync: bool,
+    /// Writes to the superblock do not end from now on; the blocks written since then, and whether one was written twice.
+    held: Option<(BTreeSet<usize>, bool)>,
 }
 
 fn lay(image: &mut Vec<u8>, offset: usize, data: &[u8]) {
@@ -80,7 +83,20 @@ impl SimDisk {
             next: 0,
             fail_write: false,
             fail_sync: false,
+            held: None,
         })))
+    }
+
+    /// No write to the superblock ends any more.
+    pub(crate) fn hold_superblock(&self) {
+        self.0.borrow_mut().held = Some(Default::default());
+    }
+
+    /// Bytes of the log's slots that were written since, and whether any of them were written over again.
+    pub(crate) fn written_since(&self) -> (usize, bool) {
+        let s = self.0.borrow();
+        let (blocks, twice) = s.held.as_ref().expect("it is held");
+        (blocks.len() * BLOCK, *twice)
     }
 
     /// What a reader sees now.
@@ -131,6 +147,11 @@ impl SimDisk {
                     write.data.truncate(rng.below(write.data.len() as u64 / SECTOR as u64) as usize * SECTOR);
                 }
                 lay(&mut s.visible, write.offset, &write.data);
+                if let Some((blocks, twice)) = &mut s.held {
+                    for at in (write.offset..write.offset + write.data.len()).step_by(BLOCK) {
+                        *twice |= !blocks.insert(at);
+                    }
+                }
                 if dsync && result.is_ok() {
                     lay(&mut s.platter, write.offset, &write.data);
                     write.pinned = true;
@@ -277,7 +298,11 @@ pub(crate) trait Source {
 
 impl Source for SimDisk {
     fn under_way(&self) -> Vec<u64> {
-        self.0.borrow().ops.iter().filter(|(_, o)| o.what.is_some()).map(|(id, _)| *id).collect()
+        let s = self.0.borrow();
+        let stuck = |what: &What| {
+            s.held.is_some() && matches!(what, What::Write { write, .. } if write.offset < SLOTS_START as usize)
+        };
+        s.ops.iter().filter(|(_, o)| o.what.as_ref().is_some_and(|w| !stuck(w))).map(|(id, _)| *id).collect()
     }
     fn end(&self, id: u64, rng: &mut Rng) -> bool {
         self.end_one(id, rng)

@@ -97,6 +97,24 @@ fn a_small_log_turns_over() {
     }
 }
 
+/// What the store has is needed here, too, until the superblock says that it has it: until then no room of it is used again.
+#[test]
+fn no_room_is_used_again_before_the_mark_is_durable() {
+    for seed in [3, 6, 9] {
+        let _named = Named(seed);
+        let world = World::tight(seed);
+        let load = Load { lanes: 2, workers: 8, requests: 1000, breaks: false };
+        let (written, twice) = world.life_without_marks(load);
+        assert!(written > 1 << 20, "{written} bytes fill no log of 2 MiB");
+        assert!(!twice, "a slot was used again, and only memory knows that nobody needs it");
+        assert!(world.seen().groups > 0, "nothing was uploaded");
+        world.crash(Crash::Power);
+        world.life(Load { requests: 4, ..load }, u64::MAX);
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+    }
+}
+
 #[test]
 fn a_crash_at_every_operation() {
     for how in [Crash::Process, Crash::Power] {

@@ -4,8 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, select};
 use tempfile::TempDir;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::disk::file::DataFile;
@@ -14,6 +15,7 @@ use vb_ublk::gc::Policy;
 use vb_ublk::image::ImageSink;
 use vb_ublk::manifest::{Published, Writer};
 use vb_ublk::store::Store;
+use vb_ublk::time::Timer;
 use vb_ublk::units::{Lba, Nonce, SECTOR};
 use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::attach::{Attached, OpenLog, Request, Stores, attach};
@@ -286,7 +288,6 @@ impl Shared {
     }
 
     async fn work(&self, life: &Life, lane: &Lane, volume: &Volume) {
-        use vb_ublk::time::Timer;
         let (me, clock) = (life.me, &life.clock);
         for _ in 0..life.load.requests {
             if life.load.breaks && self.below(60) == 0 {
@@ -308,7 +309,7 @@ impl Shared {
             let done = match self.below(32) {
                 0 => self.drain(volume, me).await,
                 1 => {
-                    clock.sleep(std::time::Duration::from_millis(self.below(8000))).await;
+                    clock.sleep(Duration::from_millis(self.below(8000))).await;
                     Ok(())
                 }
                 2..4 => self.flush(lane).await,
@@ -463,6 +464,7 @@ impl World {
             resume: self.after.get() == Some(After::Process) && self.served.get() && self.draw(2) == 0,
             after: self.after.get(),
             load,
+            without_marks: false,
             judged: Rc::default(),
         }
     }
@@ -477,18 +479,28 @@ impl World {
 
     /// Attaches, judges what is found, and serves `load`, until `crash_at` operations have ended, or all is done.
     pub(crate) fn life(&self, load: Load, crash_at: u64) {
+        self.live_out(load, crash_at, false);
+    }
+
+    fn live_out(&self, load: Load, crash_at: u64, without_marks: bool) {
         let (clock, spawner) = (SimClock::default(), Spawner::default());
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
-        let life = self.next_life(load, &clock, &spawner);
+        let life = Life { without_marks, ..self.next_life(load, &clock, &spawner) };
         let (disk, judged) = (life.disk.clone(), life.judged.clone());
         let ended = run_all(&[&disk, &self.store, &clock], &spawner, &mut rng, crash_at, live(life));
         self.outlived(judged.get());
         self.note(ended.is_some());
     }
 
+    /// Serves `load` for a minute in which nothing that is written to the log's superblock gets there. What was written to the
+    /// log meanwhile, in bytes, and whether any of that was written over.
+    pub(crate) fn life_without_marks(&self, load: Load) -> (usize, bool) {
+        self.live_out(load, u64::MAX, true);
+        self.disk.borrow().written_since()
+    }
+
     /// The same, and while it serves another host takes the volume by force. The first one goes on as long as it can.
     pub(crate) fn life_with_take_over(&self, load: Load, crash_at: u64) {
-        use vb_ublk::time::Timer;
         let (clock, spawner) = (SimClock::default(), Spawner::default());
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let first = self.next_life(load, &clock, &spawner);
@@ -497,12 +509,12 @@ impl World {
         let second = self.next_life(load, &clock, &spawner);
         let (second_disk, judged) = (second.disk.clone(), second.judged.clone());
         let (shared, timer) = (self.shared.clone(), clock.clone());
-        let patience = std::time::Duration::from_millis(self.draw(4000));
+        let patience = Duration::from_millis(self.draw(4000));
         let root = async move {
             let served = first.judged.clone();
             let taking = async {
                 while !served.get() {
-                    timer.sleep(std::time::Duration::from_millis(50)).await;
+                    timer.sleep(Duration::from_millis(50)).await;
                 }
                 timer.sleep(patience).await;
                 shared.owner.set(None);
@@ -559,6 +571,8 @@ struct Life {
     resume: bool,
     after: Option<After>,
     load: Load,
+    /// See [`World::life_without_marks`].
+    without_marks: bool,
     /// Its state was found to keep the rule.
     judged: Rc<Cell<bool>>,
 }
@@ -668,7 +682,13 @@ async fn live(life: Life) {
     }
     life.judged.set(true);
     let workers = (0..life.load.workers).flat_map(|_| &lanes);
-    join_all(workers.map(|lane| shared.work(&life, lane, &volume))).await;
+    let work = join_all(workers.map(|lane| shared.work(&life, lane, &volume)));
+    if life.without_marks {
+        life.disk.hold_superblock();
+        select(std::pin::pin!(work), std::pin::pin!(life.clock.sleep(Duration::from_secs(60)))).await;
+    } else {
+        work.await;
+    }
     let told = volume.status().background;
     let space = told.space.unwrap_or_default();
     shared.saw(|s| {

@@ -433,9 +433,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     fn report(&mut self, now: Duration) {
         let oldest = self.cut_groups().next().map(|g| g.since).or(self.uncut_since);
         let drain = self.drain_rate(now);
+        let silent = self.volume.store_silence().is_some();
         let trouble_since = &mut self.trouble_since;
         self.volume.update_background(|s| {
-            *trouble_since = s.store_trouble.is_some().then(|| trouble_since.unwrap_or(now));
+            *trouble_since = (silent || s.store_trouble.is_some()).then(|| trouble_since.unwrap_or(now));
             s.store_trouble_secs = trouble_since.map(|t| now.saturating_sub(t).as_secs_f64());
             s.groups = self.applied.0;
             s.checkpoint_group = self.checkpoint_group.0;
