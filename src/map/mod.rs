@@ -33,6 +33,7 @@ mod leaf;
 mod location;
 mod moves;
 mod overlay;
+mod pieces;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -44,8 +45,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::units::{BlockNo, LEAF_BLOCKS, LEAF_SECTORS, Lba, SECTORS_PER_BLOCK, Seq};
 use image::{SHARDS, ShardBase, place};
-use leaf::Leaf;
 use overlay::{Extent, LeafOverlay};
+use pieces::Pieces;
 
 pub use builder::ImageBuilder;
 pub use image::{BaseImage, Run};
@@ -484,54 +485,4 @@ fn leaf_parts(start: u64, end: u64) -> impl Iterator<Item = (u64, u16, u16)> {
         let (from, to) = part_of(l, start, end);
         (l, from, to)
     })
-}
-
-/// Gathers a lookup's pieces behind what `out` held before.
-struct Pieces<'a> {
-    own: usize,
-    out: &'a mut Vec<Piece>,
-}
-
-impl Pieces<'_> {
-    /// Sectors `from..to` of the leaf that starts at `start`, as the base has them.
-    fn base(&mut self, start: u64, from: u16, to: u16, leaf: &Leaf) {
-        let spb = SECTORS_PER_BLOCK as usize;
-        let (from, to) = (usize::from(from), usize::from(to));
-        let mut at = from;
-        let mut push = |at: usize, end: usize, what: Source| {
-            if at < end {
-                self.push(start + at as u64, (end - at) as u16, what);
-            }
-        };
-        leaf.stretches(from / spb, to.div_ceil(spb), |first, len, raw| {
-            let (a, b) = ((first * spb).max(from), ((first + len) * spb).min(to));
-            push(at, a, Source::Zero);
-            push(a, b, Location::from_raw(raw).map_or(Source::Zero, chunk_source));
-            at = b;
-        });
-        push(at, to, Source::Zero);
-    }
-
-    fn push(&mut self, lba: u64, sectors: u16, what: Source) {
-        let (lba, sectors) = (Lba(lba), u32::from(sectors));
-        if let Some(last) = self.out[self.own..].last_mut() {
-            let blocks = lba.block().0 - last.lba.block().0;
-            let goes_on = match (last.what, what) {
-                (Source::Zero, Source::Zero) => true,
-                (Source::Chunk(a), Source::Chunk(b)) | (Source::Damaged(a), Source::Damaged(b)) => {
-                    a.leads_to(blocks, b)
-                }
-                _ => false,
-            };
-            if let Some(sum) = last.sectors.checked_add(sectors).filter(|_| goes_on) {
-                last.sectors = sum;
-                return;
-            }
-        }
-        self.out.push(Piece { lba, sectors, what });
-    }
-}
-
-const fn chunk_source(at: Location) -> Source {
-    if at.is_damaged() { Source::Damaged(at) } else { Source::Chunk(at) }
 }

@@ -11,6 +11,7 @@ mod codec;
 
 use super::checkpoint::{self, Expect, Ident, PartKind};
 use super::image::Counts;
+use super::leaf::Leaf;
 use super::*;
 use crate::units::ChunkNo;
 

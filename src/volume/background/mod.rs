@@ -16,6 +16,7 @@ mod gc;
 mod groups;
 pub(super) mod logcare;
 mod orders;
+mod patience;
 mod resize;
 
 use std::collections::VecDeque;
@@ -30,6 +31,8 @@ use tokio::sync::mpsc;
 
 use gc::{Gc, GcDone};
 use orders::{Reply, SnapshotOrder, lost};
+use patience::no_trouble;
+pub(super) use patience::{Absences, Backoff, trouble};
 
 use super::recover::StoreEnd;
 use super::{Command, Volume};
@@ -472,53 +475,4 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
         }
     }
-}
-
-/// How often in a row there was no manifest. Once may be an outage (a mount that is away, a proxy); several times are a deleted
-/// volume.
-#[derive(Default)]
-pub(super) struct Absences(u32);
-
-impl Absences {
-    pub(super) const fn are_some(&self) -> bool {
-        self.0 > 0
-    }
-
-    /// Once more; whether the volume counts as deleted now.
-    pub(super) fn one_more(&mut self) -> bool {
-        self.0 += 1;
-        self.0 >= POLLS_WITHOUT_MANIFEST
-    }
-}
-
-/// Pauses that double.
-pub(super) struct Backoff(Duration);
-
-impl Backoff {
-    pub(super) const fn new() -> Self {
-        Self(RETRY_PAUSE)
-    }
-
-    pub(super) async fn pause<T: Timer>(&mut self, timer: &T) {
-        timer.sleep(self.0).await;
-        self.0 = (self.0 * 2).min(RETRY_PAUSE_MAX);
-    }
-}
-
-/// Notes a failure of the store for `status`, and says it once when it begins.
-pub(super) fn trouble(volume: &Volume, what: &str, e: &Error) {
-    volume.update_background(|s| {
-        if s.store_trouble.is_none() {
-            tracing::warn!("{what}: {e}; it goes on as soon as the store answers");
-        }
-        s.store_trouble = Some(format!("{what}: {e}"));
-    });
-}
-
-fn no_trouble(volume: &Volume) {
-    volume.update_background(|s| {
-        if s.store_trouble.take().is_some() {
-            tracing::info!("the store answers again");
-        }
-    });
 }
