@@ -348,3 +348,33 @@ fn a_volume_that_was_collected_can_be_rebuilt() {
     let e = block_on(rebuild(&*store, "vol", &forced(), None, &mut |_| {})).unwrap_err();
     assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("left behind cannot be used"), "{e}");
 }
+
+/// A discard is recorded in a chunk that goes, and what it discarded is still in one that stays.
+#[test]
+fn a_discard_outlives_the_chunk_that_records_it() {
+    let bench = Bench::new(SIZE);
+    let mut model = vec![0; SIZE];
+    let host = attach_eager(&bench);
+    let mut fill = |from: usize, blocks: usize, byte: u8| {
+        on_lane(host.volume(), async |e| put(&e, from as u64, blocks, byte).await);
+        model[from * 4096..(from + blocks) * 4096].fill(byte);
+    };
+    fill(0, 1016, 1);
+    drain(host.volume());
+    on_lane(host.volume(), async |e| e.discard(Lba(0), 20 * 8, false).await.unwrap());
+    fill(2000, 900, 2);
+    drain(host.volume());
+    fill(2000, 900, 3);
+    model[..20 * 4096].fill(0);
+    collect(&host);
+    let told = host.volume().status().background.space.unwrap();
+    assert!(told.gc_deleted_objects > 0 && told.gc_written_bytes > 0, "{told:?}");
+    host.detach().unwrap();
+    bench.wipe_local();
+    let folder = objects_of(&bench);
+    spoil(&folder.join("checkpoints"));
+    std::fs::remove_file(folder.join("manifest.json")).unwrap();
+    let report = block_on(rebuild(&*bench.store(), "vol", &forced(), None, &mut |_| {})).unwrap();
+    assert_eq!(report.map_from, MapFrom::Chunks);
+    holds(&bench, "vol", &model);
+}
