@@ -47,10 +47,11 @@ e2e: build
 
 soak: setup-build setup-test setup-garage
 	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop \
-		--test store_conformance --test store_crash_cycle
+		--test store_conformance --test store_crash_cycle --test volume_rewrite
 	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
 	$(MAKE) build
 	scripts/e2e/run --store s3 --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"
+	scripts/e2e/boot --clones --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"
 	$(MAKE) soak-guest
 
 soak-guest: build

@@ -60,15 +60,9 @@ impl fmt::Display for ByteSize {
 
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(u64),
-            Text(String),
-        }
-        match Written::deserialize(d) {
-            Ok(Written::Number(n)) => Ok(Self(n)),
-            Ok(Written::Text(s)) => s.parse().map_err(serde::de::Error::custom),
+        match NumberOrText::deserialize(d) {
+            Ok(NumberOrText::Number(n)) => Ok(Self(n)),
+            Ok(NumberOrText::Text(s)) => s.parse().map_err(serde::de::Error::custom),
             Err(_) => Err(serde::de::Error::custom("a size must be a whole number or a text such as \"10G\"")),
         }
     }
@@ -202,6 +196,9 @@ pub struct FileConfig {
     pub wal_size: Option<ByteSize>,
     /// `--io-timeout` of `add` and `nbd`, in seconds.
     pub io_timeout: Option<u32>,
+    /// `--metrics` of `add` and `nbd`: a port, or an address with a port.
+    #[serde(default, deserialize_with = "text_or_number")]
+    pub metrics: Option<String>,
     /// `--strict` of `add` and `nbd`.
     pub strict: Option<bool>,
 }
@@ -217,6 +214,22 @@ fn one_or_several<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<String>, D::Err
         Ok(Written::One(text)) => Ok(vec![text]),
         Ok(Written::Several(texts)) => Ok(texts),
         Err(_) => Err(serde::de::Error::custom("it must be a text, or a list of texts")),
+    }
+}
+
+/// As a setting may be written.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(u64),
+    Text(String),
+}
+
+fn text_or_number<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
+    match NumberOrText::deserialize(d) {
+        Ok(NumberOrText::Number(n)) => Ok(Some(n.to_string())),
+        Ok(NumberOrText::Text(text)) => Ok(Some(text)),
+        Err(_) => Err(serde::de::Error::custom("it must be a number, or a text")),
     }
 }
 

@@ -88,6 +88,7 @@ fn bad_usage_is_one_line_and_code_2() {
         (&["add", "--volume", "v", "--wal-size", "1M"], "64M"),
         (&["add", "--volume", "v", "--wal-dir", "/x", "--wal-device", "/dev/x"], "cannot be used"),
         (&["add", "--volume", "v", "--queues", "0"], "--queues"),
+        (&["add", "--volume", "v", "--metrics", "localhost:1"], "127.0.0.1:9150"),
         (&["add", "--volume", "v", "--logical-block-size", "1024"], "512 or 4096"),
         (&["del"], "--all"),
         (&["list", "--store", "ftp://x"], "scheme is unknown"),

@@ -2,7 +2,7 @@
 
 mod image_support;
 mod support_rng;
-#[expect(dead_code, reason = "only detached volumes are exported")]
+#[expect(dead_code, reason = "what is exported is compared by QEMU, not here")]
 mod volume_support;
 
 use std::fs::{self, OpenOptions};
@@ -11,10 +11,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use image_support::{bench, command, disk, failed, fails, json, objects, ok, path};
+use serde_json::Value;
 use support_rng::Rng;
 use vb_ublk::error::{ErrorKind, Result};
 use vb_ublk::image::{self, Backing};
-use volume_support::{Bench, block_on};
+use vb_ublk::units::Lba;
+use vb_ublk::volume::engine::Engine;
+use volume_support::{Bench, TestLane, block_on, on_lane, put};
 
 const MIB: usize = 1 << 20;
 
@@ -326,4 +329,149 @@ fn two_exports_to_one_file_do_not_mix() {
     drop(partial);
     ok(&bench, &["export", "vol", "out"]);
     assert!(fs::read(path(&bench, "out")).unwrap() == content && !path(&bench, "out.partial").exists());
+}
+
+/// A lane's requests to `vol`, which is attached for as long as they take.
+fn attached(bench: &Bench, f: impl AsyncFnOnce(&TestLane)) {
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| f(&e).await);
+    host.detach().unwrap();
+}
+
+/// Writes all over a volume of 64 MiB and more; some of it leaves clusters of 64 KiB without data, or with a part of it.
+async fn change(e: &TestLane, rng: &mut Rng) {
+    for _ in 0..60 {
+        let (block, blocks) = (rng.below(16000), 1 + rng.below(60));
+        match rng.below(3) {
+            0 => e.discard(Lba(block * 8), blocks * 8, false).await.unwrap(),
+            1 => e.write_zeroes(Lba(block * 8), blocks * 8, false).await.unwrap(),
+            _ => put(e, block, blocks as usize, rng.next() as u8).await,
+        }
+    }
+}
+
+/// A volume of 64 MiB and a bit, full of data but for its last quarter, with snapshot `a` and full exports of that.
+fn with_full_exports(seed: u64) -> (Bench, Rng) {
+    let bench = bench();
+    let rng = Rng(seed);
+    ok(&bench, &["volume", "create", "vol", "--size", &(64 * MIB + 12288).to_string()]);
+    attached(&bench, async |e| {
+        for i in 0..48 {
+            put(e, i * 256, 256, i as u8 + 1).await;
+        }
+    });
+    ok(&bench, &["snapshot", "create", "vol", "a"]);
+    ok(&bench, &["export", "vol@a", "a.raw"]);
+    ok(&bench, &["export", "vol@a", "a.qcow2", "--format", "qcow2"]);
+    (bench, rng)
+}
+
+#[test]
+fn increments_over_a_full_image_are_the_volume() {
+    let (bench, mut rng) = with_full_exports(20);
+    let export = |of: &str, to: &str, more: &[&str]| {
+        json(&bench, &[&["export", of, to, "--format", "qcow2", "--json"], more].concat())
+    };
+    let same = |image: &str, raw: &str| {
+        qemu_img(&bench, &format!("check -q {image}"));
+        qemu_img(&bench, &format!("compare -f qcow2 -F raw {image} {raw}"));
+    };
+    attached(&bench, async |e| {
+        change(e, &mut rng).await;
+        // Whole clusters, which have to hide what lies below; and a part of one.
+        e.discard(Lba(1024 * 8), 40 * 8, false).await.unwrap();
+        put(e, 2048, 1, 0xee).await;
+        // The last cluster, which is cut off.
+        put(e, 16386, 1, 0xdd).await;
+    });
+    ok(&bench, &["snapshot", "create", "vol", "b"]);
+    ok(&bench, &["export", "vol@b", "b.raw"]);
+    for (format, full) in [("qcow2", "a.qcow2"), ("raw", "a.raw")] {
+        let told = export("vol@b", "b.qcow2", &["--since", "a", "--backing", full, "--force"]);
+        assert_eq!((&told["since"], &told["backing"]), (&Value::from("a"), &Value::from(full)));
+        assert!(told["zero_bytes"].as_u64().unwrap() >= 2 * 65536, "{told}");
+        let info: Value = serde_json::from_str(&qemu_img(&bench, "info --output=json b.qcow2")).unwrap();
+        assert_eq!((&info["backing-filename"], &info["backing-filename-format"]), (&full.into(), &format.into()));
+        let used = fs::metadata(path(&bench, "b.qcow2")).unwrap().len();
+        assert!(used < told["data_bytes"].as_u64().unwrap() + MIB as u64 && used < 12 * MIB as u64, "{used}: {told}");
+        same("b.qcow2", "b.raw");
+    }
+    // Larger, and once more: an increment over an increment, of the volume itself.
+    ok(&bench, &["volume", "resize", "vol", "80M"]);
+    attached(&bench, async |e| {
+        change(e, &mut rng).await;
+        put(e, 16390, 3, 0xcc).await;
+        put(e, 20479, 1, 0xcc).await;
+    });
+    ok(&bench, &["export", "vol", "now.raw"]);
+    export("vol", "now.qcow2", &["--since", "b", "--backing", "b.qcow2"]);
+    same("now.qcow2", "now.raw");
+    // The chain comes back as a volume.
+    ok(&bench, &["import", "now.qcow2", "--volume", "again"]);
+    ok(&bench, &["export", "again", "again.raw"]);
+    qemu_img(&bench, "compare -f raw -F raw again.raw now.raw");
+    // Without a name in it, it is laid over the image by hand; and from newer to older goes as well.
+    export("vol@a", "back.qcow2", &["--since", "b"]);
+    assert!(!qemu_img(&bench, "info back.qcow2").contains("backing file"));
+    qemu_img(&bench, "rebase -u -b b.qcow2 -F qcow2 back.qcow2");
+    same("back.qcow2", "a.raw");
+    // Nothing has changed.
+    ok(&bench, &["snapshot", "create", "vol", "c"]);
+    let told = export("vol", "none.qcow2", &["--since", "c", "--backing", "now.raw"]);
+    assert_eq!((told["data_bytes"].as_u64(), told["zero_bytes"].as_u64()), (Some(0), Some(0)));
+    same("none.qcow2", "now.raw");
+}
+
+#[test]
+fn increments_that_cannot_be_are_refused() {
+    let (bench, _) = with_full_exports(21);
+    ok(&bench, &["snapshot", "create", "vol", "b"]);
+    let increment = ["export", "vol@b", "out", "--format", "qcow2", "--since"];
+    let with = |more: &[&'static str]| [&increment[..], more].concat();
+    fails(&bench, &["export", "vol@b", "out", "--since", "a"], 2, &["raw", "--format qcow2"]);
+    fails(&bench, &["export", "vol@b", "-", "--format", "qcow2", "--since", "a"], 2, &["standard output"]);
+    fails(&bench, &with(&["b"]), 2, &["itself"]);
+    fails(&bench, &with(&["x"]), 1, &["no snapshot \"x\"", "it has a, b"]);
+    fails(&bench, &["export", "vol", "out", "--backing", "a.raw"], 2, &["--since"]);
+    fails(&bench, &with(&["a", "--backing", "nowhere"]), 1, &["backing file nowhere"]);
+    fs::write(path(&bench, "small"), [1; 4096]).unwrap();
+    fails(&bench, &with(&["a", "--backing", "small"]), 2, &["4096 bytes", "exported of that snapshot"]);
+    fails(&bench, &with(&["a", "--backing", "."]), 2, &["neither a file"]);
+    // It would lie over itself.
+    let own = ["export", "vol@b", "a.qcow2", "--force", "--format", "qcow2", "--since", "a", "--backing", "a.qcow2"];
+    fails(&bench, &own, 2, &["very file"]);
+    let host = bench.attach().unwrap();
+    fails(&bench, &["export", "vol", "out", "--format", "qcow2", "--since", "a"], 1, &["attached by", "snapshot"]);
+    ok(&bench, &with(&["a"]));
+    host.detach().unwrap();
+    assert!(!path(&bench, "out.partial").exists());
+}
+
+#[test]
+fn what_has_changed_between_snapshots_is_printed() {
+    let (bench, _) = with_full_exports(22);
+    attached(&bench, async |e| {
+        put(e, 3, 2, 0xee).await;
+        e.discard(Lba(512 * 8), 8, false).await.unwrap();
+    });
+    ok(&bench, &["snapshot", "create", "vol", "b"]);
+    let text = ok(&bench, &["snapshot", "diff", "vol", "a", "b"]);
+    let words: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(words[..2], [["12288", "8192", "data"], ["2097152", "4096", "zero"]]);
+    assert_eq!(text.lines().nth(2), Some("2 extents: 8192 bytes of data, 4096 bytes of zeros"));
+    let told = json(&bench, &["snapshot", "diff", "vol", "a", "b", "--json"]);
+    let want = serde_json::json!({
+        "volume": "vol", "from": "a", "to": "b", "block_bytes": 4096, "size_bytes": 64 * MIB + 12288,
+        "extents": [
+            { "offset": 12288, "length": 8192, "kind": "data" }, { "offset": 2_097_152, "length": 4096, "kind": "zero" },
+        ],
+        "changed_bytes": 12288,
+    });
+    assert_eq!(told, want);
+    let told = json(&bench, &["snapshot", "diff", "vol", "b", "--json"]);
+    assert_eq!((&told["to"], &told["extents"]), (&Value::Null, &serde_json::json!([])));
+    assert_eq!(ok(&bench, &["snapshot", "diff", "vol", "b"]), "0 extents: 0 bytes of data, 0 bytes of zeros\n");
+    fails(&bench, &["snapshot", "diff", "vol", "a", "a"], 2, &["itself"]);
+    fails(&bench, &["snapshot", "diff", "vol", "a", "x"], 1, &["no snapshot \"x\""]);
+    fails(&bench, &["snapshot", "diff", "vol@a", "a", "b"], 2, &["name a volume"]);
 }

@@ -15,6 +15,7 @@ use support_rng::Rng;
 use vb_ublk::chunk::header::HEADER_ROOM;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::{Error, ErrorKind, Result};
+use vb_ublk::gc::Policy;
 use vb_ublk::manifest::{Manifest, Published};
 use vb_ublk::store::fault::{Fault, FaultStore};
 use vb_ublk::store::memory::MemoryStore;
@@ -668,7 +669,8 @@ fn full_images_and_deltas_say_the_same() {
 #[test]
 fn a_checkpoint_comes_by_itself() {
     let bench = Bench::new(1 << 20);
-    let host = bench.attach().unwrap();
+    // Garbage collection has its own reasons for one.
+    let host = Host::attach(AttachOptions { gc: Policy::off(), ..bench.options() }).unwrap();
     let volume = host.volume().clone();
     for i in 0..1030u64 {
         on_lane(&volume, async |e| put(&e, i % 250, 1, i as u8).await);

@@ -25,6 +25,8 @@ const KEPT: usize = 9;
 pub struct Bodies {
     free: Arc<Mutex<Vec<IoBuf>>>,
     kept: usize,
+    /// So many stay when the pool is cleared.
+    reserved: usize,
 }
 
 impl Default for Bodies {
@@ -37,7 +39,13 @@ impl Bodies {
     /// A pool that keeps so many free buffers.
     #[must_use]
     pub fn keeping(kept: usize) -> Self {
-        Self { free: Arc::default(), kept }
+        Self { free: Arc::default(), kept, reserved: 0 }
+    }
+
+    /// Has `reserved` buffers from now on, and keeps them.
+    pub fn reserve(&mut self, reserved: usize) {
+        (self.reserved, self.kept) = (reserved, self.kept.max(reserved));
+        self.free().resize_with(reserved, || IoBuf::zeroed(FULL));
     }
 
     fn free(&self) -> MutexGuard<'_, Vec<IoBuf>> {
@@ -56,9 +64,9 @@ impl Bodies {
         Body { buf: buf.slice(0..len), home: keep.then(|| (buf, self.clone())) }
     }
 
-    /// Gives what is free back to the system.
+    /// Gives what is free back to the system, but for what is reserved.
     pub fn clear(&self) {
-        drop(std::mem::take(&mut *self.free()));
+        self.free().truncate(self.reserved);
     }
 }
 
@@ -122,5 +130,10 @@ mod tests {
         assert_eq!(pool.free().len(), KEPT, "small ones are not kept");
         pool.clear();
         assert!(pool.free().is_empty());
+        let mut pool = pool;
+        pool.reserve(2);
+        drop((0..5).map(|_| pool.take(FULL)).collect::<Vec<_>>());
+        pool.clear();
+        assert_eq!(pool.free().len(), 2);
     }
 }

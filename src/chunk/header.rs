@@ -34,7 +34,7 @@
 //!    252     4  CRC-32 of the 32768 bytes, with this field as zero
 //!    256  24 E  extents, sorted by block, disjoint:
 //!                  0  8  first block
-//!                  8  8  birth seq: the entry that brought the newest of the content
+//!                  8  8  birth seq: the entry that brought the newest of the content; 0: it was copied from what the volume was cloned from
 //!                 16  6  number of blocks, at least 1
 //!                 22  1  kind: 1 data, 2 discard, 3 damaged
 //!                 23  1  0

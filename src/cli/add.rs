@@ -141,11 +141,13 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         resume: false,
         accept_loss: args.accept_loss,
         gc: Collect::default(),
+        guard_memory: true,
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);
-    state.how = Some(How::of(&attach, strict));
-    Ok(Plan { attach, create, spec, state, strict, run, held })
+    let metrics = args.metrics.or(defaults.metrics);
+    state.how = Some(How::of(&attach, metrics, strict));
+    Ok(Plan { attach, create, spec, state, metrics, strict, run, held })
 }
 
 /// A limit on waiting as options give it; 0 is none.

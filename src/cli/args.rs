@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
 pub(crate) use store::{
-    CloneArgs, ExportArgs, GcArgs, ImportArgs, RebuildArgs, SnapshotCommand, VolumeCommand, WalCommand,
+    CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, RebuildArgs, SnapshotCommand, VolumeCommand, WalCommand,
 };
 
 use crate::config::{ByteSize, VolumeName};
@@ -110,7 +110,8 @@ pub(crate) enum Command {
     Import(Box<ImportArgs>),
     /// Write a volume that is not attached to a disk image
     ///
-    /// Every block is checked. A file is there under its name when it is whole, and not before.
+    /// Or a snapshot, VOLUME@SNAPSHOT, of one that is. Every block is checked. A file is there under its name when it is whole, and not
+    /// before.
     Export(ExportArgs),
     /// Write-ahead logs that no process has: left by a dead daemon, set aside, or damaged
     #[command(subcommand)]
@@ -190,6 +191,10 @@ pub(crate) struct AddArgs {
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) io_timeout: Option<u32>,
+    /// Answer Prometheus at /metrics of this address, over HTTP: a port of 127.0.0.1, or an address of this host with a port; port 0
+    /// is a free one, which `status` shows [env: VB_UBLK_METRICS; default: nowhere]
+    #[arg(long, value_name = "ADDR", value_parser = super::metrics::parse)]
+    pub(crate) metrics: Option<SocketAddr>,
     /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
     /// VB_UBLK_STRICT]
     #[arg(long)]
@@ -264,6 +269,10 @@ pub(crate) struct NbdArgs {
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) io_timeout: Option<u32>,
+    /// Answer Prometheus at /metrics of this address, over HTTP: a port of 127.0.0.1, or an address of this host with a port; port 0
+    /// is a free one, which `status` shows [env: VB_UBLK_METRICS; default: nowhere]
+    #[arg(long, value_name = "ADDR", value_parser = super::metrics::parse)]
+    pub(crate) metrics: Option<SocketAddr>,
     /// Fail where the process cannot be protected against memory pressure, rather than warn [env:
     /// VB_UBLK_STRICT]
     #[arg(long)]

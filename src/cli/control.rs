@@ -70,6 +70,8 @@ pub(super) enum Order {
     },
     /// Bring back the space of what was overwritten or discarded.
     CollectGarbage,
+    /// Copy what a clone needs of its parents.
+    Flatten,
     /// Delete a snapshot.
     DeleteSnapshot {
         /// Its name.

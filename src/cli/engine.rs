@@ -21,7 +21,7 @@ use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
-use crate::units::{BLOCK, ChunkNo, Nonce};
+use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
 use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
@@ -30,6 +30,7 @@ use crate::wal;
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::gc::Policy as Collect;
+pub(super) use crate::volume::VolumeStatus;
 pub(super) use crate::volume::admin::CreateOptions;
 pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
@@ -199,15 +200,16 @@ pub(super) fn verify(
 /// What a volume takes in the store, as of its last checkpoint.
 pub(super) fn garbage(url: &StoreUrl, opts: &StoreOptions, name: &str) -> Result<Value> {
     let (known, orphans, m) = with_policy(Policy::long_run(), url, opts, async |s| gc::scan::look(s, name).await)?;
-    let last = m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk);
-    let space = known.usage.space(&known.held, last);
-    let bytes = |blocks: u64| blocks * BLOCK as u64;
+    let bytes = known.usage.space(&known.held, m.last_chunk()).in_bytes();
     Ok(serde_json::json!({
         "volume": name,
-        "stored_bytes": bytes(space.stored),
-        "live_bytes": bytes(space.live),
-        "snapshot_bytes": bytes(space.held),
-        "garbage_bytes": bytes(space.garbage),
+        "logical_bytes": bytes.logical,
+        "mapped_bytes": bytes.mapped,
+        "shared_bytes": bytes.shared,
+        "stored_bytes": bytes.stored,
+        "live_bytes": bytes.live,
+        "snapshot_bytes": bytes.held,
+        "garbage_bytes": bytes.garbage,
         "orphans": orphans.len(),
     }))
 }
@@ -270,8 +272,13 @@ impl AsFd for UsedFile {
 pub(super) struct View(Arc<Volume>);
 
 impl View {
+    /// What is told of the volume, to whomever.
+    pub(super) fn figures(&self) -> VolumeStatus {
+        self.0.status()
+    }
+
     pub(super) fn status(&self) -> Result<Value> {
-        json(&self.0.status())
+        json(&self.figures())
     }
 
     /// Begins what the daemon was ordered to do; returns where the end is told.
@@ -280,6 +287,7 @@ impl View {
             Order::Snapshot { name, created } => Command::Snapshot { name, created, reply },
             Order::Grow { size_bytes } => Command::Grow { size_bytes, reply },
             Order::CollectGarbage => Command::CollectGarbage(reply),
+            Order::Flatten => Command::Flatten(reply),
             Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },
         })
     }

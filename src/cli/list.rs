@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use super::control;
 use super::engine;
-use super::output::{duration, fields, print, print_json, table};
+use super::output::{duration, print, print_json, table};
+use super::readable;
 use super::state::{RunDir, State};
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
@@ -16,6 +17,7 @@ fn look(run: &RunDir, state: &State) -> Result<Value> {
         "volume": state.volume,
         "device": state.device_path(),
         "nbd": state.endpoints(),
+        "metrics": null,
         "state": "dead",
         "pid": state.pid,
         "started_unix_secs": state.started_unix_secs,
@@ -148,14 +150,14 @@ pub(super) fn status(run: &RunDir, volume: Option<&VolumeName>, as_json: bool) -
         if all.is_empty() {
             return print("no volume is attached on this host\n");
         }
-        return print(&all.iter().map(fields).collect::<Vec<_>>().join("\n"));
+        return print(&all.iter().map(readable::status).collect::<Vec<_>>().join("\n"));
     };
     let Some(state) = run.read(volume)? else {
         let what = format!("volume {volume} is not attached on this host: `vb-ublk list` shows what is");
         return Err(Error::new(ErrorKind::NotFound, what));
     };
     let v = look(run, &state)?;
-    if as_json { print_json(&v) } else { print(&fields(&v)) }
+    if as_json { print_json(&v) } else { print(&readable::status(&v)) }
 }
 
 #[cfg(test)]

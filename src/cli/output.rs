@@ -3,7 +3,7 @@
 //! A reader that goes away (`vb-ublk list | head -1`) is no error and no panic.
 
 use std::fmt::Write as _;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, StdoutLock, Write};
 
 use serde_json::Value;
 
@@ -19,6 +19,47 @@ pub(super) fn print(text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         done => done.context(|| "writing to stdout"),
+    }
+}
+
+/// Text for stdout that may be long: it is not kept whole.
+pub(super) struct Long {
+    out: BufWriter<StdoutLock<'static>>,
+    gone: bool,
+}
+
+impl Long {
+    pub(super) fn new() -> Self {
+        Self { out: BufWriter::with_capacity(64 << 10, io::stdout().lock()), gone: false }
+    }
+
+    /// Whether nobody reads it any more.
+    pub(super) const fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// # Errors
+    /// As for [`print`].
+    pub(super) fn put(&mut self, text: std::fmt::Arguments<'_>) -> Result<()> {
+        let done = if self.gone { Ok(()) } else { self.out.write_fmt(text) };
+        self.told(done)
+    }
+
+    /// # Errors
+    /// As for [`print`].
+    pub(super) fn end(mut self) -> Result<()> {
+        let done = if self.gone { Ok(()) } else { self.out.flush() };
+        self.told(done)
+    }
+
+    fn told(&mut self, done: io::Result<()>) -> Result<()> {
+        match done {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                self.gone = true;
+                Ok(())
+            }
+            done => done.context(|| "writing to stdout"),
+        }
     }
 }
 

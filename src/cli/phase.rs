@@ -30,6 +30,7 @@ pub(super) fn describe(state: &State, phase: Phase, begun: Instant, engine: Opti
         "volume": state.volume,
         "device": state.device_path(),
         "nbd": state.endpoints(),
+        "metrics": state.metrics,
         "state": phase.name(),
         "pid": state.pid,
         "started_unix_secs": state.started_unix_secs,

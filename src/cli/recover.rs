@@ -5,6 +5,7 @@
 //! - The log is replayed before the kernel hears that the recovery has ended: what was in flight is issued again then.
 //! - Whatever fails leaves device and state as they were: requests wait on, and the recovery can be tried again.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -153,10 +154,12 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             resume: true,
             accept_loss: false,
             gc: Collect::default(),
+            guard_memory: true,
         },
         create: None,
         spec: DeviceSpec { id: Some(n), recover: true, read_only: how.read_only, ..DeviceSpec::default() },
         state,
+        metrics: how.metrics,
         strict: how.strict,
         run: run.clone(),
         held,
@@ -238,7 +241,7 @@ fn await_end(pid: u32, volume: &VolumeName) -> Result<()> {
 
 impl How {
     /// What a recovery has to know of how a volume is attached.
-    pub(super) fn of(attach: &AttachOptions, strict: bool) -> Self {
+    pub(super) fn of(attach: &AttachOptions, metrics: Option<SocketAddr>, strict: bool) -> Self {
         let o = &attach.store_options;
         Self {
             endpoint: o.endpoint.clone(),
@@ -249,6 +252,7 @@ impl How {
             log_bytes: attach.log_bytes,
             read_only: attach.read_only,
             io_timeout: attach.io_timeout.map(|t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX)),
+            metrics,
             strict,
         }
     }

@@ -8,6 +8,7 @@
 //!   gone, or has the last words, before the lock is.
 
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -19,6 +20,7 @@ use super::control::{self, Daemon, Order};
 use super::daemonize::{Reporter, Side, daemonize};
 use super::engine::{self, AttachOptions, Attached, CreateOptions, DeviceSpec, DeviceStatus, StopHandle, View};
 use super::jobs::Jobs;
+use super::metrics::{Exporter, Figures, Listening, Source, VolumeFigures};
 use super::notify::{Word, tell};
 use super::output::print;
 use super::phase::{Phase, describe};
@@ -35,6 +37,8 @@ pub(super) struct Plan {
     /// Size and logical block are filled in when the volume is attached.
     pub(super) spec: DeviceSpec,
     pub(super) state: State,
+    /// Where metrics are asked for.
+    pub(super) metrics: Option<SocketAddr>,
     pub(super) strict: bool,
     pub(super) run: RunDir,
     pub(super) held: Held,
@@ -184,6 +188,23 @@ impl Daemon for Answers {
     }
 }
 
+impl Source for Answers {
+    fn figures(&self) -> Figures {
+        let (name, phase) = (self.0.state().volume.to_string(), *self.0.phase());
+        let engine = self.0.view.get().map(View::figures);
+        Figures { volumes: vec![VolumeFigures { name, phase, engine }], server: None }
+    }
+}
+
+/// Opens where metrics are asked for, before anything else is done that a refusal would have to undo.
+fn open_metrics(address: Option<SocketAddr>, recovers: bool) -> Result<Option<Listening>> {
+    match address {
+        // A device that comes back matters more than its counters.
+        Some(address) if recovers => Ok(Listening::try_open(address)),
+        address => address.map(Listening::open).transpose(),
+    }
+}
+
 /// Serves in a process of its own, which writes to `log`; returns the device's path once it serves.
 pub(super) fn in_daemon(mut plan: Plan, log: &Path) -> Result<String> {
     match daemonize(log)? {
@@ -207,10 +228,12 @@ pub(super) fn in_daemon(mut plan: Plan, log: &Path) -> Result<String> {
 /// Serves until somebody stops the device; then uploads what is left.
 pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
     let signals = Signals::block()?;
-    protect::io_flusher(plan.strict)?;
-    let Plan { attach, create, spec, state, strict, run, held } = plan;
+    protect::process(plan.strict, plan.spec.recover)?;
+    let Plan { attach, create, spec, mut state, metrics, run, held, .. } = plan;
     let (volume, daemon) = (state.volume.clone(), state.daemon_log.is_some());
     let recovers = spec.recover;
+    let metrics = open_metrics(metrics, recovers)?;
+    state.metrics = metrics.as_ref().map(Listening::address);
     let listener = control::listen(&run.socket_path(&volume)?)?;
     let shared = Arc::new(Shared {
         phase: Mutex::new(Phase::Attaching),
@@ -224,11 +247,20 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
     shared.record(|_| {})?;
     // It answers for as long as the process lives.
     control::spawn(listener, Answers(Arc::clone(&shared)))?.leave_running();
+    let exporter = match metrics.map(|m| m.answer(Answers(Arc::clone(&shared)))).transpose() {
+        Err(e) if recovers => {
+            tracing::warn!("{e}: there are no metrics until the next start");
+            None
+        }
+        started => started?,
+    };
     let heeding = Arc::clone(&shared);
     signals.heed("`vb-ublk del`", move |signal| heed(signal, &heeding, daemon))?;
 
     told.manager(&Word::Status(&format!("attaching volume {volume}")));
-    let done = attach_and_serve(&shared, attach, create, spec, strict, told);
+    let done = attach_and_serve(&shared, attach, create, spec, told);
+    // Not before: what is uploaded at the end is to be seen.
+    exporter.into_iter().for_each(Exporter::end);
     match &done {
         // Who waits for the start hears it. Later on nobody does: the last words are left where `del` and `list` look.
         Err(e) if *shared.phase() != Phase::Attaching => {
@@ -254,12 +286,12 @@ fn attach_and_serve(
     attach: AttachOptions,
     create: Option<CreateOptions>,
     mut spec: DeviceSpec,
-    strict: bool,
     told: &Told,
 ) -> Result<()> {
     if let Some(create) = &create {
         engine::ensure(&attach.store_url, &attach.store_options, &attach.volume, create)?;
     }
+    let recovers = spec.recover;
     let volume = attach.volume.clone();
     tracing::info!("attaching volume {volume} of {}", attach.store_url);
     let attached = Attached::attach(attach)?;
@@ -267,24 +299,27 @@ fn attach_and_serve(
     let _ = shared.view.set(attached.view());
     spec.size_bytes = attached.size_bytes();
     spec.logical_block = attached.logical_block();
-    let served = protect::memory(strict).and_then(|()| {
-        attached.serve(
-            &spec,
-            |device| {
-                let path = device.path.display().to_string();
-                if let Err(e) = shared.record(|s| {
-                    s.device = Some(device.id);
-                    s.taken_from = None;
-                }) {
-                    tracing::error!("{e}; other commands will not find the device");
-                }
-                *shared.phase() = Phase::Serving;
-                tracing::info!("volume {volume} serves as {path}, {} queues of {}", device.queues, device.depth);
-                told.ready(&path, &volume);
-            },
-            &shared.stop,
-        )
-    });
+    let served = attached.serve(
+        &spec,
+        |device| {
+            let path = device.path.display().to_string();
+            if let Err(e) = shared.record(|s| {
+                s.device = Some(device.id);
+                s.taken_from = None;
+            }) {
+                tracing::error!("{e}; other commands will not find the device");
+            }
+            *shared.phase() = Phase::Serving;
+            tracing::info!("volume {volume} serves as {path}, {} queues of {}", device.queues, device.depth);
+            told.ready(&path, &volume);
+        },
+        &shared.stop,
+    );
+    if recovers && served.is_err() && *shared.phase() == Phase::Attaching {
+        // The device waits for the next try, and what its users have written and will write needs this log and this epoch: nothing is
+        // released, and the process ends.
+        return served;
+    }
     {
         let mut phase = shared.phase();
         // A device that never served: whoever waits for the start hears it.
@@ -373,6 +408,21 @@ mod tests {
         answers.detach(false).expect("again");
         assert_eq!(answers.status().expect("status")["state"], "detaching");
         assert_eq!(run.read(&"v".parse().expect("name")).expect("read").expect("state").device, Some(1_000_000));
+    }
+
+    #[test]
+    fn a_recovery_goes_on_without_its_metrics() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = taken.local_addr().expect("address");
+        let e = open_metrics(Some(address), false).expect_err("taken");
+        assert!(e.kind() == ErrorKind::Busy && e.to_string().contains(&address.to_string()), "{e}");
+        assert!(open_metrics(Some(address), true).expect("it goes on").is_none());
+        drop(taken);
+        for recovers in [false, true] {
+            let open = open_metrics(Some(address), recovers).expect("free").expect("asked for");
+            assert_eq!(open.address(), address);
+            assert!(open_metrics(None, recovers).expect("nothing asked").is_none());
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::args::{Global, TlsMode};
+use super::metrics;
 use super::nbd::listen;
 use crate::config::{ByteSize, FileConfig};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -35,10 +36,11 @@ pub(crate) struct AddDefaults {
     pub(crate) wal_size: Option<ByteSize>,
     /// In seconds.
     pub(crate) io_timeout: Option<u32>,
+    pub(crate) metrics: Option<SocketAddr>,
     pub(crate) strict: bool,
 }
 
-/// What `nbd` does unless its own options say otherwise; of `add`'s it has those about the log, too.
+/// What `nbd` does unless its own options say otherwise; of `add`'s it has those about the log and the metrics, too.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct NbdDefaults {
     pub(crate) listen: Vec<SocketAddr>,
@@ -172,13 +174,20 @@ impl AddDefaults {
         if dir.is_some() && device.is_some() {
             return Err(Error::new(ErrorKind::Usage, format!("both {DIR} and {DEVICE} are set: keep one of them")));
         }
+        const METRICS: &str = "VB_UBLK_METRICS";
         let size = around.first(&[SIZE]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(SIZE))).transpose()?;
+        let (address, place) = match around.first(&[METRICS]) {
+            Some(v) => (Some(v), METRICS),
+            None => (file.metrics, "`metrics` in the configuration file"),
+        };
+        let metrics = address.map(|v| metrics::parse(&v).map_err(|e| e.context(place))).transpose()?;
         Ok(Self {
             queues: around.number("VB_UBLK_QUEUES")?.or(file.queues),
             depth: around.number("VB_UBLK_DEPTH")?.or(file.depth),
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
             wal_size: size.or(file.wal_size),
             io_timeout: around.number("VB_UBLK_IO_TIMEOUT")?.or(file.io_timeout),
+            metrics,
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
         })
     }
@@ -314,18 +323,20 @@ mod tests {
     fn what_add_does_unless_told_otherwise() {
         let none = Global::default();
         let add = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.add);
-        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nio-timeout = 8\nstrict = true\n";
+        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nio-timeout = 8\nmetrics = 7\n\
+                    strict = true\n";
         let from_file = AddDefaults {
             queues: Some(1),
             depth: Some(2),
             log: Some(LogPlace::Dir("/file".into())),
             wal_size: Some(ByteSize(3 << 30)),
             io_timeout: Some(8),
+            metrics: Some("127.0.0.1:7".parse().expect("address")),
             strict: true,
         };
         assert_eq!(add(&[], "").expect("nothing"), AddDefaults::default());
         assert_eq!(add(&[], file).expect("file"), from_file);
-        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "IO_TIMEOUT", "STRICT"]
+        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "IO_TIMEOUT", "METRICS", "STRICT"]
             .map(|n| format!("VB_UBLK_{n}"));
         let empty: Vec<_> = empty.iter().map(|n| (n.as_str(), "")).collect();
         assert_eq!(add(&empty, file).expect("empty is not set"), from_file);
@@ -335,6 +346,7 @@ mod tests {
             ("VB_UBLK_WAL_DEVICE", "/dev/env"),
             ("VB_UBLK_WAL_SIZE", "6G"),
             ("VB_UBLK_IO_TIMEOUT", "9"),
+            ("VB_UBLK_METRICS", "[::1]:0"),
             ("VB_UBLK_STRICT", "no"),
         ];
         let from_env = AddDefaults {
@@ -343,6 +355,7 @@ mod tests {
             log: Some(LogPlace::Device("/dev/env".into())),
             wal_size: Some(ByteSize(6 << 30)),
             io_timeout: Some(9),
+            metrics: Some("[::1]:0".parse().expect("address")),
             strict: false,
         };
         assert_eq!(add(&env, file).expect("env"), from_env);
@@ -353,11 +366,17 @@ mod tests {
             ("VB_UBLK_QUEUES", "-1"),
             ("VB_UBLK_DEPTH", "70000"),
             ("VB_UBLK_WAL_SIZE", "1GB"),
+            ("VB_UBLK_METRICS", "70000"),
             ("VB_UBLK_STRICT", "perhaps"),
         ] {
             let e = add(&[(name, value)], "").expect_err(name);
             assert_eq!(e.kind(), ErrorKind::Usage);
             assert!(e.to_string().contains(name) && e.to_string().contains(value), "{e}");
+        }
+        for (text, word) in [("metrics = \"here\"", "here"), ("metrics = 65536", "65536"), ("metrics = true", "number")]
+        {
+            let e = add(&[], text).expect_err(text);
+            assert!(e.kind() == ErrorKind::Usage && e.to_string().contains(word), "{e}");
         }
     }
 

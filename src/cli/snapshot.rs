@@ -1,22 +1,17 @@
-//! `snapshot create | list | delete`, and `clone`.
-
-use std::time::Duration;
+//! `snapshot create | list | diff | delete`, and `clone`.
 
 use serde_json::json;
 
 use super::args::{CloneArgs, SnapshotCommand};
-use super::claim::attached_here;
-use super::control::{self, Order};
-use super::output::{print, print_json, table};
+use super::control::Order;
+use super::engine;
+use super::engine::images::{self, ChangeKind, Diff, bytes_of};
+use super::orders::ordered;
+use super::output::{Long, print, print_json, table};
 use super::settings::Settings;
-use super::state::RunDir;
-use super::{engine, pause};
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::human_bytes;
-
-/// Between two looks at what a daemon was ordered to do.
-const LOOK: Duration = Duration::from_millis(20);
+use crate::units::{BLOCK, human_bytes};
 
 pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> {
     let (url, opts) = (&settings.store, &settings.store_options);
@@ -49,6 +44,13 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
                 .collect();
             print(&table(&["SNAPSHOT", "CREATED", "SIZE", ""], &rows))
         }
+        SnapshotCommand::Diff { volume, from, to, json } => {
+            whole(volume)?;
+            let states = (from.as_str(), to.as_deref());
+            images::diff(url, opts, volume.as_str(), states, |diff| {
+                if json.json { diff_json(volume, states, diff) } else { diff_text(diff) }
+            })
+        }
         SnapshotCommand::Delete { volume, name, json } => {
             whole(volume)?;
             if !ordered(settings, volume, &Order::DeleteSnapshot { name: name.clone() })? {
@@ -60,6 +62,50 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
             print(&format!("snapshot {volume}@{name} is deleted\n"))
         }
     }
+}
+
+const fn named(kind: ChangeKind) -> &'static str {
+    match kind {
+        ChangeKind::Data => "data",
+        ChangeKind::Zero => "zero",
+    }
+}
+
+fn diff_text(diff: &Diff) -> Result<()> {
+    let mut out = Long::new();
+    let (mut extents, mut data, mut zero) = (0_u64, 0, 0);
+    for c in diff.changes() {
+        let (offset, length) = bytes_of(&c);
+        out.put(format_args!("{offset:>16}  {length:>16}  {}\n", named(c.kind)))?;
+        extents += 1;
+        *if c.kind == ChangeKind::Data { &mut data } else { &mut zero } += length;
+        if out.is_gone() {
+            break;
+        }
+    }
+    out.put(format_args!("{extents} extents: {data} bytes of data, {zero} bytes of zeros\n"))?;
+    out.end()
+}
+
+/// There may be more than memory should take: each stretch is written as it is found.
+fn diff_json(volume: &VolumeName, (from, to): (&str, Option<&str>), diff: &Diff) -> Result<()> {
+    let mut out = Long::new();
+    let (volume, from, to) = (json!(volume), json!(from), json!(to));
+    let size = diff.base().size_bytes();
+    out.put(format_args!("{{\n  \"volume\": {volume},\n  \"from\": {from},\n  \"to\": {to},\n"))?;
+    out.put(format_args!("  \"block_bytes\": {BLOCK},\n  \"size_bytes\": {size},\n  \"extents\": ["))?;
+    let (mut changed, mut comma) = (0, "");
+    for c in diff.changes() {
+        let ((offset, length), kind) = (bytes_of(&c), named(c.kind));
+        out.put(format_args!("{comma}\n    {{ \"offset\": {offset}, \"length\": {length}, \"kind\": \"{kind}\" }}"))?;
+        comma = ",";
+        changed += length;
+        if out.is_gone() {
+            break;
+        }
+    }
+    out.put(format_args!("\n  ],\n  \"changed_bytes\": {changed}\n}}\n"))?;
+    out.end()
 }
 
 pub(super) fn clone(settings: &Settings, args: &CloneArgs) -> Result<()> {
@@ -87,21 +133,4 @@ pub(super) fn whole(volume: &VolumeName) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Usage, format!("{volume} is a snapshot: name a volume")))
-}
-
-/// Has the volume's daemon do it, if it is attached on this host, and waits for the end. `false`: it is not.
-///
-/// # Errors
-/// The order's own, and when the daemon cannot be asked.
-pub(super) fn ordered(settings: &Settings, volume: &VolumeName, order: &Order) -> Result<bool> {
-    if attached_here(settings, volume)?.is_none() {
-        return Ok(false);
-    }
-    let socket = RunDir::at(&settings.run_dir).socket_path(volume)?;
-    let asking = |e: Error| e.context(format!("volume {volume}, attached on this host"));
-    let job = control::order(&socket, order).map_err(asking)?;
-    while !control::is_done(&socket, job).map_err(asking)? {
-        pause(LOOK);
-    }
-    Ok(true)
 }

@@ -9,6 +9,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind as IoKind, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -39,6 +40,9 @@ pub(crate) struct How {
     /// In seconds.
     #[serde(default)]
     pub(crate) io_timeout: Option<u32>,
+    /// Where metrics were asked for; port 0 is a free one, anew each time.
+    #[serde(default)]
+    pub(crate) metrics: Option<SocketAddr>,
     pub(crate) strict: bool,
 }
 
@@ -58,6 +62,9 @@ pub(crate) struct State {
     /// Where it is served over NBD, as URIs; none when it is served as a device.
     #[serde(default)]
     pub(crate) nbd: Vec<String>,
+    /// Where its metrics are.
+    #[serde(default)]
+    pub(crate) metrics: Option<SocketAddr>,
     pub(crate) store: String,
     /// The write-ahead log.
     pub(crate) wal: PathBuf,
@@ -80,6 +87,7 @@ impl State {
             device: None,
             taken_from: None,
             nbd: Vec::new(),
+            metrics: None,
             store,
             wal,
             daemon_log,
@@ -342,7 +350,14 @@ mod tests {
         let mut state = run.read(&name("v")).expect("read").expect("state");
         assert_eq!((state.device, state.endpoints()), (Some(3), None));
         assert_eq!(state.how_to_detach(), "`vb-ublk del --volume v`");
+        assert_eq!(state.metrics, None);
         state.nbd = vec!["nbd://127.0.0.1:10809/v".into()];
+        let how = r#"{"endpoint":null,"region":null,"profile":null,"ca_cert":null,"insecure":false,"log_bytes":1,"read_only":false,
+            "strict":false}"#;
+        let mut how: How = serde_json::from_str(how).expect("from before metrics");
+        how.metrics = Some("[::1]:0".parse().expect("address"));
+        state.how = Some(how);
+        state.metrics = Some("[::1]:9150".parse().expect("address"));
         run.write(&state).expect("write");
         assert_eq!(run.read(&name("v")).expect("read"), Some(state.clone()));
         assert!(state.how_to_detach().contains("`kill 7`"));

@@ -1,4 +1,4 @@
-//! `volume create | list | info | verify | rebuild | resize | delete`.
+//! `volume create | list | info | verify | rebuild | resize | flatten | delete`.
 
 use serde_json::{Value, json};
 
@@ -6,9 +6,11 @@ use super::args::VolumeCommand;
 use super::claim::attached_here;
 use super::control::Order;
 use super::engine::{self, CreateOptions};
+use super::orders::ordered;
 use super::output::{fields, print, print_json};
+use super::readable;
 use super::settings::Settings;
-use super::snapshot::{ordered, whole};
+use super::snapshot::whole;
 use super::state::RunDir;
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
@@ -33,8 +35,15 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             }
             print(&names.iter().map(|n| format!("{n}\n")).collect::<String>())
         }
-        VolumeCommand::Info { volume, json } => {
-            let info = engine::info(url, opts, volume.as_str())?;
+        VolumeCommand::Info { volume, space, json } => {
+            if *space {
+                whole(volume)?;
+            }
+            let mut info = engine::info(url, opts, volume.as_str())?;
+            if *space {
+                let found = engine::garbage(url, opts, volume.as_str())?;
+                info["space"] = if json.json { found } else { readable::space(&found).into() };
+            }
             if json.json { print_json(&info) } else { print(&fields(&info)) }
         }
         VolumeCommand::Verify { volume, json } => super::verify::run(settings, volume, json.json),
@@ -58,6 +67,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             let note = note.map(|n| format!("; {n}")).unwrap_or_default();
             print(&format!("volume {volume} has {size} now{note}\n"))
         }
+        VolumeCommand::Flatten(args) => super::flatten::run(settings, args),
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;

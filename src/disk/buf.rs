@@ -12,16 +12,41 @@
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
 /// Alignment of owned buffers: a page, enough for O_DIRECT on any device.
 pub const ALIGN: usize = 4096;
+
+/// Buffers from this size on are mappings of their own: they come zeroed, and go back to the system when they are dropped, whatever the
+/// heap keeps.
+const MAPPED: usize = 4 << 20;
 
 struct Mem {
     ptr: NonNull<u8>,
     layout: Layout,
+}
+
+impl Mem {
+    fn zeroed(len: usize) -> Self {
+        let layout = Layout::from_size_align(len.max(1), ALIGN).expect("a buffer's size fits the address space");
+        if let Some(size) = NonZeroUsize::new(len).filter(|n| n.get() >= MAPPED) {
+            // SAFETY: a new anonymous mapping, at an address of the kernel's choice, overlaps nothing.
+            let map = unsafe {
+                mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+            };
+            let Ok(ptr) = map else { handle_alloc_error(layout) };
+            return Self { ptr: ptr.cast(), layout };
+        }
+        // SAFETY: the layout's size is not zero.
+        let raw = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
+        Self { ptr, layout }
+    }
 }
 
 // SAFETY: `Mem` is a plain allocation without thread affinity.
@@ -31,6 +56,12 @@ unsafe impl Sync for Mem {}
 
 impl Drop for Mem {
     fn drop(&mut self) {
+        if self.layout.size() >= MAPPED {
+            // SAFETY: `ptr` is a mapping of that size (`zeroed`), unmapped once, which nobody uses any more.
+            let gone = unsafe { munmap(self.ptr.cast(), self.layout.size()) };
+            debug_assert!(gone.is_ok(), "a mapping of ours can be unmapped: {gone:?}");
+            return;
+        }
         // SAFETY: `ptr` came from `alloc_zeroed` with this very layout and is freed once.
         unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
     }
@@ -53,11 +84,8 @@ impl IoBuf {
     /// A zeroed, page-aligned buffer of `len` bytes (at least one).
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(1), ALIGN).expect("a buffer's size fits the address space");
-        // SAFETY: the layout's size is not zero.
-        let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Self { ptr, len, owner: Some(Arc::new(Mem { ptr, layout })) }
+        let mem = Mem::zeroed(len);
+        Self { ptr: mem.ptr, len, owner: Some(Arc::new(mem)) }
     }
 
     /// A view of memory that somebody else keeps alive.
@@ -162,6 +190,18 @@ impl std::fmt::Debug for IoBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_ones_are_like_small_ones() {
+        for len in [MAPPED - 1, MAPPED, MAPPED + 4097] {
+            let b = IoBuf::zeroed(len);
+            assert!(b.len() == len && b.slice(0..4096).is_aligned(4096) && b.bytes().iter().all(|b| *b == 0));
+            let s = b.slice(len - 3..len);
+            b.copy_in(len - 3, b"end");
+            drop(b);
+            assert_eq!(s.bytes(), b"end");
+        }
+    }
 
     #[test]
     fn slices_keep_the_memory_alive() {

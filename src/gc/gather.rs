@@ -59,12 +59,12 @@ pub struct Draft {
 pub struct Gathered {
     /// The new chunks.
     pub drafts: Vec<Draft>,
-    /// Chunks of which nothing is needed any more when the drafts are in the store and in a published map.
+    /// Chunks of the volume's own of which nothing is needed any more when the drafts are in the store and in a published map.
     pub emptied: Vec<ChunkNo>,
     /// Of them, those that nothing had to be copied of.
     pub were_empty: Vec<ChunkNo>,
-    /// Chunks that cannot be read whole.
-    pub stuck: Vec<ChunkNo>,
+    /// Chunks that cannot be read whole, and why.
+    pub stuck: Vec<(ChunkNo, Error)>,
     /// Bytes read from the store.
     pub read_bytes: u64,
 }
@@ -84,7 +84,8 @@ pub struct Ticket {
     pub applied: (GroupNo, Seq),
 }
 
-/// Reads `victims`, each with the number of its blocks that `image` names, and makes new chunks of those.
+/// Reads `victims`, chunks of one source, each with the number of its blocks that `image` names, and makes new chunks of those. What
+/// comes from a parent was born before the volume.
 ///
 /// # Errors
 /// The store's: nothing has happened then.
@@ -92,6 +93,7 @@ pub async fn gather(
     store: &Arc<dyn Store>,
     keys: &Keys,
     image: &BaseImage,
+    source: u8,
     victims: &[(ChunkNo, u32)],
     bodies: &Bodies,
 ) -> Result<Gathered> {
@@ -99,22 +101,23 @@ pub async fn gather(
     let mut blocks = Vec::new();
     let mut discards = Vec::new();
     let mut reads = stream::iter(victims.iter().copied())
-        .map(|(chunk, live)| async move { (chunk, read_twice(&**store, keys, image, chunk, live).await) })
+        .map(|(chunk, live)| async move { (chunk, read_twice(&**store, keys, image, (source, chunk), live).await) })
         .buffered(PARALLEL);
     while let Some((chunk, found)) = reads.next().await {
         match found {
             Ok(found) => {
                 out.read_bytes += found.read_bytes;
-                out.emptied.push(chunk);
-                if found.blocks.is_empty() && found.discards.is_empty() {
-                    out.were_empty.push(chunk);
+                if source == 0 {
+                    out.emptied.push(chunk);
+                    if found.blocks.is_empty() && found.discards.is_empty() {
+                        out.were_empty.push(chunk);
+                    }
                 }
                 blocks.extend(found.blocks);
                 discards.extend(found.discards);
             }
             Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound | ErrorKind::Unsupported) => {
-                tracing::error!("garbage collection leaves chunk {chunk} as it is: {e}");
-                out.stuck.push(chunk);
+                out.stuck.push((chunk, e));
             }
             Err(e) => return Err(e),
         }
@@ -133,15 +136,22 @@ pub async fn gather(
 }
 
 /// What reads badly once may have been damaged on its way.
-async fn read_twice(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo, live: u32) -> Result<Found> {
-    match read(store, keys, image, chunk, live).await {
-        Err(e) if e.kind() == ErrorKind::Corrupt => read(store, keys, image, chunk, live).await,
+async fn read_twice(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: (u8, ChunkNo), n: u32) -> Result<Found> {
+    match read(store, keys, image, chunk, n).await {
+        Err(e) if e.kind() == ErrorKind::Corrupt => read(store, keys, image, chunk, n).await,
         found => found,
     }
 }
 
-async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo, named: u32) -> Result<Found> {
-    let (key, volume) = keys.key(0, chunk)?;
+async fn read(
+    store: &dyn Store,
+    keys: &Keys,
+    image: &BaseImage,
+    (source, chunk): (u8, ChunkNo),
+    named: u32,
+) -> Result<Found> {
+    let is_own = source == 0;
+    let (key, volume) = keys.key(source, chunk)?;
     let head = store.get_range(&key, 0..HEADER_ROOM as u64).await?;
     let h = parse_header(&key, &head)?;
     let damaged = |why: String| Error::new(ErrorKind::Corrupt, format!("{key} {why}"));
@@ -154,7 +164,8 @@ async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo,
     let mut index = 0u16;
     for e in &h.extents {
         if e.kind == ExtentKind::Discard {
-            if says_something(image, e) {
+            // A parent's hide nothing of the volume's own.
+            if is_own && says_something(image, e) {
                 found.discards.push(*e);
             }
             continue;
@@ -163,9 +174,9 @@ async fn read(store: &dyn Store, keys: &Keys, image: &BaseImage, chunk: ChunkNo,
             let block = BlockNo(e.block.0 + i);
             if block.0 < image.volume_blocks()
                 && let BaseState::At(at) = image.lookup(block)
-                && (at.source(), at.chunk(), at.index()) == (0, chunk, index)
+                && (at.source(), at.chunk(), at.index()) == (source, chunk, index)
             {
-                live.push((index, block, e.birth, at));
+                live.push((index, block, if is_own { e.birth } else { Seq(0) }, at));
             }
             index += 1;
         }

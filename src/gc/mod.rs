@@ -3,6 +3,7 @@
 //! - [`usage`]: how much of each chunk is live. Pure.
 //! - [`plan`]: which chunks are emptied next. Pure.
 //! - [`scan`]: what is in the store, and what snapshots keep there.
+//! - [`lent`]: what a clone's map names of its parents' chunks. Pure.
 //! - [`gather`]: live blocks out of chunks that are to go, put into new ones.
 //! - [`mod@sweep`]: what is deleted, and how.
 //!
@@ -22,6 +23,7 @@
 //! - A chunk that cannot be read whole stays where it is.
 
 pub mod gather;
+pub mod lent;
 pub mod plan;
 pub mod scan;
 pub mod sweep;
@@ -40,7 +42,7 @@ pub struct Policy {
     pub stop: f64,
     /// …and so many blocks: in a small volume nobody minds.
     pub slack_blocks: u64,
-    /// Between two rounds.
+    /// Between two rounds; a tenth of it when there is enough garbage for one.
     pub pause: Duration,
     /// Objects that count for nothing are deleted when they have been seen for so long.
     pub grace: Duration,
@@ -64,9 +66,9 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             enabled: true,
-            start: 0.42,
-            stop: 0.38,
-            slack_blocks: 4096,
+            start: 0.40,
+            stop: 0.36,
+            slack_blocks: 1024,
             pause: Duration::from_secs(5),
             grace: Duration::from_secs(3600),
         }

@@ -8,9 +8,9 @@ use super::usage::{Chunk, Holes, Space, Usage, packed};
 use crate::units::ChunkNo;
 
 /// Live blocks that are copied in one go.
-const BATCH_BLOCKS: u64 = 4 * crate::chunk::header::MAX_BLOCKS as u64;
+pub const BATCH_BLOCKS: u64 = 4 * crate::chunk::header::MAX_BLOCKS as u64;
 /// Chunks that are emptied in one go.
-const BATCH_CHUNKS: usize = 64;
+pub const BATCH_CHUNKS: usize = 64;
 /// Chunks of discards alone that are let be; of more the discards are put together.
 const MARKS: usize = 16;
 /// A batch is worth its requests when it frees this share of what it writes, or more: one part in…

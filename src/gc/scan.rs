@@ -11,11 +11,11 @@ use uuid::Uuid;
 use super::usage::{HEADER_BLOCKS, Holes, Usage, named_by};
 use crate::chunk::header::{self, HEADER_ROOM, MAX_BLOCKS};
 use crate::error::Result;
+use crate::manifest::images::load_checkpoint;
 use crate::manifest::{Manifest, Published, prefix};
 use crate::map::BaseImage;
-use crate::store::Store;
+use crate::store::{Store, list_folder};
 use crate::units::{BLOCK, ChunkNo};
-use crate::volume::images::load_checkpoint;
 
 /// Keys that count for nothing.
 pub type Orphans = Vec<String>;
@@ -46,8 +46,7 @@ impl Known {
     /// The store's.
     pub async fn list(&mut self, store: &dyn Store, m: &Manifest, last: ChunkNo) -> Result<Orphans> {
         let folder = format!("{}chunks/", prefix(&m.name));
-        let listed = store.list(&folder, None).await;
-        let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+        let listed = list_folder(store, &folder).await?;
         let mut orphans = Vec::new();
         for o in listed {
             let Some((chunk, epoch, nonce)) = o.key.strip_prefix(&folder).and_then(header::parse_key) else { continue };
@@ -83,7 +82,7 @@ impl Known {
     pub async fn count(&mut self, image: BaseImage) {
         for row in 0..self.usage.rows(&image) {
             self.usage.count_row(&image, row);
-            GiveWay(false).await;
+            GiveWay::once().await;
         }
         self.usage.counted(image);
     }
@@ -105,7 +104,7 @@ pub async fn look(store: &dyn Store, name: &str) -> Result<(Known, Orphans, Mani
     let m = Published::load(store, name).await?.manifest;
     let image = load_checkpoint(store, &m, m.checkpoint.as_ref()).await?.current;
     let mut known = Known::new(image.volume_blocks());
-    let last = m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk);
+    let last = m.last_chunk();
     let orphans = known.list(store, &m, last).await?;
     known.look_at_snapshots(store, &m).await?;
     known.count(image).await;
@@ -113,7 +112,13 @@ pub async fn look(store: &dyn Store, name: &str) -> Result<(Known, Orphans, Mani
 }
 
 /// Lets the other tasks of the thread go on, once.
-struct GiveWay(bool);
+pub(super) struct GiveWay(bool);
+
+impl GiveWay {
+    pub(super) const fn once() -> Self {
+        Self(false)
+    }
+}
 
 impl Future for GiveWay {
     type Output = ();

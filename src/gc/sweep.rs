@@ -12,7 +12,7 @@ use futures_util::stream::{self, StreamExt};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{Checkpoint, Manifest, Published, prefix};
-use crate::store::Store;
+use crate::store::{Store, list_folder};
 use crate::units::{ChunkNo, Epoch, Nonce};
 
 /// Deletions at once.
@@ -41,13 +41,8 @@ pub fn copy_key(volume: &str, number: u64, epoch: Epoch, nonce: Nonce) -> String
 /// The store's; `Unsupported` for a newer program's.
 pub async fn copies(store: &dyn Store, volume: &str) -> Result<Vec<(String, Option<Manifest>)>> {
     let folder = copies_prefix(volume);
-    let listed = store.list(&folder, None).await;
-    let mut keys: Vec<String> = listed
-        .map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?
-        .into_iter()
-        .map(|o| o.key)
-        .filter(|k| k.ends_with(".json"))
-        .collect();
+    let listed = list_folder(store, &folder).await?;
+    let mut keys: Vec<String> = listed.into_iter().map(|o| o.key).filter(|k| k.ends_with(".json")).collect();
     keys.sort_unstable();
     let mut out = Vec::new();
     for key in keys {
@@ -73,14 +68,6 @@ pub struct Rubbish {
     pub others: Vec<String>,
     /// The copy of the manifest is there.
     pub is_copied: bool,
-}
-
-impl Rubbish {
-    /// Whether there is anything.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.chunks.is_empty() && self.others.is_empty()
-    }
 }
 
 /// What was deleted.
@@ -138,7 +125,10 @@ async fn still_ours(store: &dyn Store, m: &Manifest) -> Result<()> {
 }
 
 /// Keeps a copy of the manifest: with it, what the deleted chunks were overwritten by can be told also when the manifest is lost.
-async fn keep_copy(store: &dyn Store, m: &Manifest) -> Result<()> {
+///
+/// # Errors
+/// The store's.
+pub async fn keep_copy(store: &dyn Store, m: &Manifest) -> Result<()> {
     let number = m.checkpoint.as_ref().map_or(0, Checkpoint::number);
     let key = copy_key(&m.name, number, m.epoch, m.nonce);
     let doing = |e: Error| e.context(format!("keeping a copy of the manifest as {key} in {}", store.url()));
@@ -159,8 +149,7 @@ pub async fn leftovers(store: &dyn Store, m: &Manifest, kept: &HashSet<String>) 
     let mut named = part_keys(m);
     named.extend(copies.iter().filter_map(|(_, m)| m.as_ref()).flat_map(part_keys));
     let folder = format!("{}checkpoints/", prefix(&m.name));
-    let listed = store.list(&folder, None).await;
-    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let listed = list_folder(store, &folder).await?;
     let is_old = |key: &str| {
         let name = key.strip_prefix(&folder).unwrap_or_default();
         let number = name.split('-').next().and_then(|n| u64::from_str_radix(n, 16).ok());
@@ -174,6 +163,6 @@ pub async fn leftovers(store: &dyn Store, m: &Manifest, kept: &HashSet<String>) 
 #[must_use]
 pub fn part_keys(m: &Manifest) -> HashSet<String> {
     let folder = prefix(&m.name);
-    let images = m.checkpoints().flat_map(|c| std::iter::once(&c.full).chain(&c.delta));
+    let images = m.checkpoints().flat_map(Checkpoint::images);
     images.filter(|i| i.source == 0).flat_map(|i| &i.parts).map(|p| format!("{folder}{}", p.key)).collect()
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::chunk::header::MAX_BLOCKS;
 use crate::map::{BaseImage, Location};
-use crate::units::ChunkNo;
+use crate::units::{BLOCK, ChunkNo};
 
 /// What a chunk's header takes in the store, in blocks.
 pub const HEADER_BLOCKS: u64 = 8;
@@ -63,6 +63,12 @@ pub const fn packed(live: u64) -> u64 {
 /// Space in the store, in blocks, headers included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Space {
+    /// The volume's size.
+    pub logical: u64,
+    /// Blocks that the map names.
+    pub mapped: u64,
+    /// Those of them that are in chunks of the volume's parents.
+    pub shared: u64,
     /// All chunks of the volume's own.
     pub stored: u64,
     /// Blocks of them that the map names.
@@ -73,18 +79,37 @@ pub struct Space {
     pub garbage: u64,
 }
 
+impl Space {
+    /// The same in bytes.
+    #[must_use]
+    pub const fn in_bytes(self) -> Self {
+        let n = BLOCK as u64;
+        Self {
+            logical: self.logical * n,
+            mapped: self.mapped * n,
+            shared: self.shared * n,
+            stored: self.stored * n,
+            live: self.live * n,
+            held: self.held * n,
+            garbage: self.garbage * n,
+        }
+    }
+}
+
 /// See the module's page.
 #[derive(Debug)]
 pub struct Usage {
     image: BaseImage,
     chunks: BTreeMap<ChunkNo, Chunk>,
+    /// Blocks that the map names in chunks of the volume's parents.
+    inherited: u64,
 }
 
 impl Usage {
     /// Of a map that names nothing.
     #[must_use]
     pub fn new(volume_blocks: u64) -> Self {
-        Self { image: BaseImage::empty(volume_blocks), chunks: BTreeMap::new() }
+        Self { image: BaseImage::empty(volume_blocks), chunks: BTreeMap::new(), inherited: 0 }
     }
 
     /// A chunk is in the store.
@@ -132,9 +157,10 @@ impl Usage {
 
     /// Counts a part of the difference; after the last row, call [`Self::counted`].
     pub fn count_row(&mut self, new: &BaseImage, row: u64) {
-        let chunks = &mut self.chunks;
+        let (chunks, inherited) = (&mut self.chunks, &mut self.inherited);
         BaseImage::changes_in_row(&self.image, new, row, |at, blocks, come| {
             if at.source() != 0 {
+                *inherited = if come { *inherited + u64::from(blocks) } else { *inherited - u64::from(blocks) };
                 return;
             }
             let c = chunks.entry(at.chunk()).or_insert(Chunk::UNKNOWN);
@@ -156,7 +182,12 @@ impl Usage {
     /// Totals of the chunks with numbers up to `last`.
     #[must_use]
     pub fn space(&self, held: &HashSet<ChunkNo>, last: ChunkNo) -> Space {
-        let mut s = Space::default();
+        let mut s = Space {
+            logical: self.image.volume_blocks(),
+            mapped: self.image.mapped_blocks(),
+            shared: self.inherited,
+            ..Space::default()
+        };
         for (n, c) in self.chunks.range(..=last) {
             s.stored += c.size();
             s.live += u64::from(c.live);

@@ -2,7 +2,7 @@
 //!
 //! - [`ImageSource`]: what an importer reads.
 //! - [`open`]: raw files, block devices, pipes and qcow2 images as such a source.
-//! - [`ImageSink`] and [`Output`]: what an exporter writes.
+//! - [`ImageSink`] and [`Output`]: what an exporter writes; [`Below`]: what that may lie over.
 //!
 //! An image is a stranger's: nothing that it says is believed before it was checked, and no file is opened because it says
 //! so, but under the rule for backing files ([`Backing`]).
@@ -23,6 +23,7 @@ use std::str::FromStr;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 pub use out::{ImageSink, Output, Target};
+pub use qcow2::{Below, CLUSTER};
 pub use raw::{Pipe, RawImage};
 pub use source::ImageSource;
 

@@ -14,14 +14,14 @@ use async_trait::async_trait;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 
 use super::Format;
-use super::qcow2::NewQcow2;
+use super::qcow2::{Below, NewQcow2};
 use crate::disk::file::sync_parent;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What zeros are written in, in bytes.
 const ZEROS: usize = 1 << 20;
 
-/// An image that is written once, from front to back; what is not written is zeros.
+/// An image that is written once, from front to back; what is not written is zeros, or what lies below the image.
 #[async_trait(?Send)]
 pub trait ImageSink {
     /// Writes `data` at byte `at`, behind all that was written before.
@@ -29,6 +29,15 @@ pub trait ImageSink {
     /// # Errors
     /// The system's.
     async fn write(&mut self, at: u64, data: &[u8]) -> Result<()>;
+
+    /// Says that bytes behind all that was written before are zeros, whatever lies below.
+    ///
+    /// # Errors
+    /// The system's.
+    async fn write_zeros(&mut self, _at: u64, _length: u64) -> Result<()> {
+        // Nothing lies below: what is not written is zeros.
+        Ok(())
+    }
 
     /// Ends the image, and brings it to stable storage if it has any.
     ///
@@ -46,6 +55,8 @@ pub struct Target {
     pub format: Format,
     /// Replace a file that is there, write over a block device.
     pub force: bool,
+    /// What a qcow2 image is to lie over.
+    pub below: Option<Below>,
 }
 
 /// An image in the making.
@@ -81,7 +92,7 @@ impl Output {
     /// `Exists` for what may not be replaced, `Usage` for a format that cannot go there, `Full` for a device that is too small, `Busy`
     /// when another export writes the same file; the system's.
     pub async fn begin(target: &Target, size: u64) -> Result<Self> {
-        let Target { path, format, force } = target;
+        let Target { path, format, force, below } = target;
         let what = path.display().to_string();
         let no_qcow2 =
             |why: &str| Error::new(ErrorKind::Usage, format!("a qcow2 image cannot be written to {why}: name a file"));
@@ -129,7 +140,7 @@ impl Output {
                 file.set_len(size).context(|| format!("making {what} {size} bytes long"))?;
                 Box::new(RawOut { file, what, size, at: size, device: false })
             }
-            Format::Qcow2 => Box::new(NewQcow2::create(file, &what, size).await?),
+            Format::Qcow2 => Box::new(NewQcow2::create(file, &what, size, below.as_ref()).await?),
         };
         Ok(out)
     }

@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Checkpoint, EpochEntry, Image, Manifest, check_name, check_size, prefix};
+use super::{Checkpoint, EpochEntry, Image, Manifest, NO_ATTACHMENT, check_name, check_size, epoch_of_part, prefix};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::MAX_SOURCE;
 use crate::units::{ChunkNo, GroupNo, Seq};
@@ -136,6 +136,17 @@ impl Manifest {
         }
     }
 
+    /// Whether the volume went on from before its checkpoint, as after a rebuild that gave chunks up: an attachment that came after the
+    /// checkpoint owns numbers that are in it. They name other objects then. (Of a map that no attachment wrote this cannot be told.)
+    #[must_use]
+    pub(crate) fn was_rewound(&self) -> bool {
+        let Some(c) = &self.checkpoint else { return false };
+        let own = c.images().filter(|i| i.source == 0);
+        let written = own.flat_map(|i| &i.parts).filter_map(|p| epoch_of_part(&p.key)).max();
+        let Some(written) = written.filter(|e| *e != NO_ATTACHMENT) else { return false };
+        self.history.iter().any(|e| e.epoch > written && e.first.is_some_and(|f| f.chunk <= c.last_chunk))
+    }
+
     /// A new volume that begins as `snapshot` of this one.
     ///
     /// # Errors
@@ -160,13 +171,14 @@ impl Manifest {
             checkpoint: snapshot.checkpoint.as_ref().map(Checkpoint::inherited),
         };
         clone.checkpoint.clone_from(&parent.checkpoint);
-        let older = self.parents.iter().map(|p| Parent { checkpoint: None, ..p.clone() });
+        // Of a volume that stands alone no map names any.
+        let older = self.parents.iter().filter(|_| !self.flattened).map(|p| Parent { checkpoint: None, ..p.clone() });
         clone.parents = std::iter::once(parent).chain(older).collect();
         if clone.parents.len() > usize::from(MAX_SOURCE) {
             return Err(Error::new(
                 ErrorKind::Full,
                 format!(
-                    "volume {:?} is a clone of a clone, {} deep, and no map can name more: export it and import that, for a volume of its own",
+                    "volume {:?} is a clone of a clone, {} deep, and no map can name more: `vb-ublk volume flatten` makes it a volume of its own",
                     self.name,
                     self.parents.len()
                 ),
@@ -197,8 +209,7 @@ impl Manifest {
         if self.checkpoints().any(|c| c.full.parts.is_empty() || c.number() == u64::MAX) {
             return Err("a checkpoint is impossible");
         }
-        let images = self.checkpoints().flat_map(|c| std::iter::once(&c.full).chain(&c.delta));
-        if images.into_iter().any(|i| usize::from(i.source) > self.parents.len()) {
+        if self.checkpoints().flat_map(Checkpoint::images).any(|i| usize::from(i.source) > self.parents.len()) {
             return Err("a checkpoint lies with a parent that it does not name");
         }
         if self.snapshots.iter().enumerate().any(|(i, s)| self.snapshots[..i].iter().any(|t| t.name == s.name)) {

@@ -7,6 +7,7 @@
 //!   next epoch that has first ones; an epoch without first ones owns nothing.
 //! - What a manifest names was durable in the store before the manifest was published.
 
+pub(crate) mod images;
 mod lineage;
 mod publish;
 
@@ -114,6 +115,17 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Its images: the full one, and the delta.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        std::iter::once(&self.full).chain(&self.delta)
+    }
+
+    /// Whether an image of it is a parent's.
+    #[must_use]
+    pub fn is_borrowed(&self) -> bool {
+        self.images().any(|i| i.source != 0)
+    }
+
     /// The number of its newest image: later ones have higher ones.
     #[must_use]
     pub fn number(&self) -> u64 {
@@ -284,6 +296,12 @@ impl Manifest {
         })
     }
 
+    /// The last chunk number of the newest checkpoint; 0 when there is none.
+    #[must_use]
+    pub fn last_chunk(&self) -> ChunkNo {
+        self.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk)
+    }
+
     /// Who owns a chunk number.
     #[must_use]
     pub fn owner(&self, chunk: ChunkNo) -> Option<(Epoch, Nonce)> {
@@ -360,6 +378,12 @@ pub fn part_key(number: u64, epoch: Epoch, nonce: Nonce, part: usize) -> String 
     format!("checkpoints/{number:016x}-{:08x}-{nonce}.{part:04}.map", epoch.0)
 }
 
+/// The epoch in such a key.
+fn epoch_of_part(key: &str) -> Option<Epoch> {
+    let epoch = key.strip_prefix("checkpoints/")?.split('-').nth(1)?;
+    u64::from_str_radix(epoch, 16).ok().map(Epoch)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -394,6 +418,28 @@ mod tests {
             "epoch 3 began at the same number and owns nothing"
         );
         assert_eq!(m.owner(ChunkNo(0)), None);
+    }
+
+    #[test]
+    fn a_history_that_went_on_from_before_a_checkpoint_shows() {
+        let mut m = sample();
+        let image = |epoch, source| Image {
+            number: 1,
+            parts: vec![Part { key: part_key(1, Epoch(epoch), Nonce(1), 0), bytes: 1, sha256: String::new() }],
+            source,
+        };
+        let mut at = |last_chunk, full, delta| {
+            let (group, through, last_chunk) = (GroupNo(last_chunk), Seq(9), ChunkNo(last_chunk));
+            m.checkpoint = Some(Checkpoint { group, through, last_chunk, full, delta });
+            m.was_rewound()
+        };
+        // Epoch 3 and 4 begin at chunk 10.
+        assert!(!at(9, image(1, 0), None) && !at(12, image(4, 0), None) && !at(12, image(1, 0), Some(image(4, 0))));
+        assert!(at(10, image(1, 0), None) && at(12, image(1, 0), Some(image(2, 0))));
+        // A resize's map says nothing of it, and a parent's is none of this history.
+        assert!(!at(12, image(0, 0), None) && !at(0, image(1, 1), None));
+        m.checkpoint = None;
+        assert!(!m.was_rewound());
     }
 
     #[test]

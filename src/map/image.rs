@@ -223,6 +223,22 @@ impl BaseImage {
         })
     }
 
+    /// What is mapped of `blocks` blocks from `block` on, as [`Self::runs`].
+    #[must_use]
+    pub fn runs_of(&self, block: BlockNo, blocks: u64) -> Vec<Run> {
+        let (start, end) = (block.0, block.0 + blocks);
+        let mut runs = Vec::new();
+        for (l, leaf) in self.leaves(start / LEAF_BLOCKS..end.div_ceil(LEAF_BLOCKS)) {
+            let base = l * LEAF_BLOCKS;
+            let (from, to) = (start.max(base) - base, end.min(base + LEAF_BLOCKS) - base);
+            leaf.stretches(from as usize, to as usize, |first, len, raw| {
+                let block = BlockNo(base + first as u64);
+                runs.push(Run { block, blocks: len as u32, to: Location::from_raw(raw) });
+            });
+        }
+        runs
+    }
+
     pub(crate) const fn leaf_count(&self) -> u64 {
         self.volume_blocks.div_ceil(LEAF_BLOCKS)
     }
@@ -278,8 +294,7 @@ impl BaseImage {
         let mut out = RunMaker(Vec::new());
         let leaves = old.leaf_count().max(new.leaf_count());
         for row in 0..leaves.div_ceil(ROW_LEAVES) {
-            let changed: Vec<bool> =
-                old.shards.iter().zip(&new.shards).map(|(a, b)| !a.same_page(b, row as usize)).collect();
+            let changed = Self::changed_shards(old, new, row);
             if !changed.contains(&true) {
                 continue;
             }
@@ -296,6 +311,16 @@ impl BaseImage {
             }
         }
         out.0
+    }
+
+    /// Of each shard, whether its page of this row is not the same one in both.
+    pub(super) fn changed_shards(old: &Self, new: &Self, row: u64) -> [bool; SHARDS] {
+        std::array::from_fn(|s| !old.shards[s].same_page(&new.shards[s], row as usize))
+    }
+
+    /// The leaves of a row, in order.
+    pub(super) fn leaves_of_row(&self, row: u64) -> std::ops::Range<u64> {
+        row * ROW_LEAVES..((row + 1) * ROW_LEAVES).min(self.leaf_count())
     }
 
     /// Rows of leaves, for [`Self::changes_in_row`].

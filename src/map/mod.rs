@@ -27,6 +27,7 @@
 //! extent is 16 bytes, its leaf about 50.
 
 mod builder;
+mod changes;
 pub mod checkpoint;
 mod image;
 mod leaf;
@@ -49,6 +50,7 @@ use overlay::{Extent, LeafOverlay};
 use pieces::Pieces;
 
 pub use builder::ImageBuilder;
+pub use changes::{Change, ChangeKind, Difference};
 pub use image::{BaseImage, Run};
 pub use location::{Location, MAX_CHUNK, MAX_SOURCE};
 pub use moves::Move;

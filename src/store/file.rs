@@ -13,23 +13,26 @@
 //! beside their target. A temporary file that a dead process left is never listed, never read, and goes
 //! when a process first uses its folder a day later.
 //!
-//! All system calls run on tokio's blocking threads.
+//! All system calls run on threads of the store's own, which stay: where memory is short, a new one might be waited for. What is read and
+//! written goes past the page cache ([`direct`]).
+
+mod direct;
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind as IoKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind as IoKind};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
+use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 
 use super::{
@@ -37,7 +40,6 @@ use super::{
     no_such_object, short_object,
 };
 use crate::checksum::sha256_hex;
-use crate::disk::buf::ALIGN;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const LOCK_FOLDER: &str = ".vb-locks";
@@ -45,12 +47,17 @@ const TEMPORARY: &str = ".vb-tmp-";
 /// How old a temporary file must be before it counts as left behind.
 const STALE: Duration = Duration::from_secs(24 * 3600);
 
-/// Aligned bodies from this size on are written past the page cache.
-const DIRECT_BYTES: usize = 256 << 10;
-/// Bodies of that size written at once: more only wait in the disk's queue, where the log's writes wait behind them.
+/// Bodies of this size and above…
+const LARGE: usize = 256 << 10;
+/// …are written so many at once: more only wait in the disk's queue, where the log's writes wait behind them.
 const LARGE_WRITES: usize = 2;
-/// Each is written in pieces of this size, for the same reason.
-const PIECE: usize = 512 << 10;
+
+/// Threads for system calls, of all file stores of the process…
+const THREADS: usize = 16;
+/// …that stay when there is nothing to do…
+const STAY: Duration = Duration::from_secs(1 << 30);
+/// …with stacks that a process whose memory is locked can afford.
+const STACK: usize = 256 << 10;
 
 static TEMPORARIES: AtomicU64 = AtomicU64::new(0);
 
@@ -103,10 +110,27 @@ impl FileStore {
 
     async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
         let inner = Arc::clone(&self.0);
-        tokio::task::spawn_blocking(move || work(&inner))
+        threads()?
+            .spawn_blocking(move || work(&inner))
             .await
             .map_err(|e| Error::new(ErrorKind::Internal, "a thread of the file store ended early").with_source(e))?
     }
+}
+
+/// Where the calls are made; nothing else runs there.
+fn threads() -> Result<&'static Runtime> {
+    static POOL: OnceLock<io::Result<Runtime>> = OnceLock::new();
+    let make = || {
+        Builder::new_current_thread()
+            .max_blocking_threads(THREADS)
+            .thread_stack_size(STACK)
+            .thread_keep_alive(STAY)
+            .thread_name("vb-file-store")
+            .build()
+    };
+    POOL.get_or_init(make)
+        .as_ref()
+        .map_err(|e| Error::new(ErrorKind::Io, format!("starting the file store's threads: {e}")))
 }
 
 /// Makes the root folder and those missing above it; each is synced with its parent.
@@ -128,31 +152,6 @@ fn create_folder(folder: &Path) -> Result<()> {
 
 fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|f| f.sync_all()).context(|| format!("syncing the folder {}", folder.display()))
-}
-
-/// Writes a chunk-sized, aligned body without a copy in the page cache, which would throw out what is read and cost as
-/// much as the write; anything else, and where the file system cannot do it, through the cache.
-fn write_past_the_cache(file: &mut File, body: &[u8]) -> io::Result<()> {
-    let aligned = body.len().is_multiple_of(ALIGN) && body.as_ptr().addr().is_multiple_of(ALIGN);
-    if body.len() < DIRECT_BYTES || !aligned || set_direct(file, true).is_err() {
-        return file.write_all(body);
-    }
-    match body.chunks(PIECE).try_for_each(|piece| file.write_all(piece)) {
-        // The file system takes the flag, but not this write: begun or not, it is made again from the start.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            set_direct(file, false)?;
-            file.seek(SeekFrom::Start(0))?;
-            file.write_all(body)
-        }
-        result => result,
-    }
-}
-
-fn set_direct(file: &File, direct: bool) -> io::Result<()> {
-    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-    flags.set(OFlag::O_DIRECT, direct);
-    fcntl(file, FcntlArg::F_SETFL(flags))?;
-    Ok(())
 }
 
 fn version_of(body: &[u8]) -> Version {
@@ -244,7 +243,7 @@ impl Inner {
         let temporary = folder.join(name);
         let mut file = self.in_folder(folder, || OpenOptions::new().write(true).create_new(true).open(&temporary))?;
         let temporary = Temporary { path: temporary, armed: true };
-        write_past_the_cache(&mut file, body)
+        direct::write(&mut file, body)
             .and_then(|()| file.sync_all())
             .context(|| format!("writing {} bytes for {}", body.len(), path.display()))?;
         Ok(temporary)
@@ -259,12 +258,10 @@ impl Inner {
 
     fn read(&self, key: &str) -> Result<Bytes> {
         let path = self.path(key)?;
-        let mut file = File::open(&path).map_err(|e| self.read_error(key, e))?;
+        let file = File::open(&path).map_err(|e| self.read_error(key, e))?;
         let size = file.metadata().map_err(|e| self.read_error(key, e))?.len();
         check_size(key, size)?;
-        let mut body = Vec::with_capacity(size as usize);
-        file.read_to_end(&mut body).map_err(|e| self.read_error(key, e))?;
-        Ok(body.into())
+        direct::read(&file, 0..size).map_err(|e| self.read_error(key, e))
     }
 
     fn read_error(&self, key: &str, e: io::Error) -> Error {
@@ -292,9 +289,7 @@ impl Inner {
         if meta.len() < range.end {
             return Err(short_object(key, &range, meta.len()));
         }
-        let mut body = vec![0; (range.end - range.start) as usize];
-        file.read_exact_at(&mut body, range.start).map_err(|e| self.read_error(key, e))?;
-        Ok(body.into())
+        direct::read(&file, range).map_err(|e| self.read_error(key, e))
     }
 
     fn put(&self, key: &str, body: &[u8]) -> Result<()> {
@@ -447,7 +442,7 @@ impl Store for FileStore {
     async fn put(&self, key: &str, body: Bytes) -> Result<()> {
         let key = key.to_owned();
         // Closed never: the store holds it.
-        let _turn = if body.len() >= DIRECT_BYTES { self.0.large.acquire().await.ok() } else { None };
+        let _turn = if body.len() >= LARGE { self.0.large.acquire().await.ok() } else { None };
         self.blocking(move |s| s.put(&key, &body)).await
     }
 
@@ -516,44 +511,6 @@ mod tests {
         assert_eq!(s.list("", None).await.expect("list"), [ObjectMeta { key: "v/k".into(), size: 1 }]);
         assert!(fresh.exists() && !stale.exists());
         assert_eq!(s.get("v/.vb-tmp-1-1-a").await.expect_err("reserved").kind(), ErrorKind::Usage);
-    }
-
-    /// A body whose address is a multiple of [`ALIGN`], plus `off`.
-    fn body_of(len: usize, off: usize) -> Bytes {
-        let buf = crate::disk::IoBuf::zeroed(len + off).slice(off..len + off);
-        let bytes: Vec<u8> = (0..len).map(|i| (i / 7) as u8).collect();
-        buf.copy_in(0, &bytes);
-        Bytes::from_owner(buf)
-    }
-
-    #[tokio::test]
-    async fn large_bodies_read_back_however_they_lie() {
-        // In memory and on the disk, which differ in what they can do past the page cache.
-        for dir in [tempfile::tempdir_in("/dev/shm"), tempfile::tempdir()] {
-            let dir = dir.expect("tempdir");
-            let s = FileStore::open(dir.path(), true).await.expect("open");
-            for (len, off) in [(4 << 20, 0), (DIRECT_BYTES, 0), (PIECE + 4096, 0), (4 << 20, 512), ((1 << 20) + 512, 0)]
-            {
-                let body = body_of(len, off);
-                s.put("v/k", body.clone()).await.expect("put");
-                assert_eq!(s.get("v/k").await.expect("get").0, body, "{len} bytes at an offset of {off}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_chunk_goes_past_the_page_cache_and_into_it_where_it_cannot() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("f");
-        let is_direct =
-            |f: &File| OFlag::from_bits_retain(fcntl(f, FcntlArg::F_GETFL).expect("flags")).contains(OFlag::O_DIRECT);
-        for (off, direct) in [(0, true), (512, false)] {
-            let mut file = File::create(&path).expect("create");
-            let body = body_of(4 << 20, off);
-            write_past_the_cache(&mut file, &body).expect("written");
-            assert_eq!(is_direct(&file), direct, "an offset of {off}");
-            assert_eq!(fs::read(&path).expect("read"), body);
-        }
     }
 
     #[tokio::test]

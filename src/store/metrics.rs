@@ -64,6 +64,19 @@ impl OpCounts {
 }
 
 impl Snapshot {
+    /// Each kind of call by its name, as in the JSON form.
+    #[must_use]
+    pub const fn by_kind(&self) -> [(&'static str, OpCounts); Op::ALL.len()] {
+        let Self { get, get_range, put, put_if, list, delete } = *self;
+        [("get", get), ("get_range", get_range), ("put", put), ("put_if", put_if), ("list", list), ("delete", delete)]
+    }
+
+    /// Calls of all kinds.
+    #[must_use]
+    pub fn total_requests(&self) -> u64 {
+        self.by_kind().iter().map(|(_, c)| c.requests).sum()
+    }
+
     /// The sums of two clients' counters.
     #[must_use]
     pub const fn plus(self, o: Self) -> Self {

@@ -182,6 +182,14 @@ impl Default for StoreOptions {
     }
 }
 
+/// All objects whose keys begin with `folder`.
+///
+/// # Errors
+/// The store's, with what was listed, and where.
+pub async fn list_folder(store: &dyn Store, folder: &str) -> Result<Vec<ObjectMeta>> {
+    store.list(folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))
+}
+
 /// Opens the backend that `url` names, without any wrapper. To be called on a tokio runtime with time and I/O.
 ///
 /// # Errors

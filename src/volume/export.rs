@@ -7,23 +7,24 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 
 use super::admin;
-use super::images::load_images;
 use crate::chunk::reader::{ChunkReader, Keys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ImageSink;
 use crate::manifest::Manifest;
+use crate::manifest::images::load_images;
 use crate::map::{BaseImage, Location};
 use crate::store::Store;
 use crate::units::{BLOCK, BlockNo};
 
 /// Reads under way: as many bytes as 16 chunks have, in pieces, so that a map of small pieces has more of them in flight.
-const PARALLEL: usize = 64;
+pub(super) const PARALLEL: usize = 64;
 /// The most blocks of a read, and what reads are cut at: whole clusters of a qcow2 image.
-const PIECE: u64 = 256;
+pub(super) const PIECE: u64 = 256;
 
 /// What is to be exported: a base map, and where its chunks are.
 #[derive(Debug)]
@@ -41,9 +42,32 @@ impl Base {
     /// `Corrupt` for a damaged checkpoint; the store's.
     pub async fn of(store: &Arc<dyn Store>, m: &Manifest) -> Result<Self> {
         let map = load_images(&**store, m).await?.current;
+        Ok(Self::over(store, m, map))
+    }
+
+    /// A map of a volume that was read already.
+    pub(super) fn over(store: &Arc<dyn Store>, m: &Manifest, map: BaseImage) -> Self {
         let keys = Keys::default();
         keys.set(m);
-        Ok(Self { map, reader: ChunkReader::new(Arc::clone(store), Arc::new(keys)).without_log() })
+        Self { map, reader: ChunkReader::new(Arc::clone(store), Arc::new(keys)).without_log() }
+    }
+
+    /// Reads what the map places side by side, and checks it.
+    pub(super) async fn read(&self, p: Piece) -> Result<Bytes> {
+        let from = p.block.0 * BLOCK as u64;
+        let range = |first: u64, end: u64| format!("bytes {first} to {end} of the volume cannot be exported");
+        let read = self.reader.read(p.at, p.block, p.blocks).await;
+        let read = read.map_err(|e| e.context(range(from, from + u64::from(p.blocks) * BLOCK as u64 - 1)))?;
+        if let (Some((first, _)), Some((last, _))) = (read.bad.first(), read.bad.last()) {
+            let byte = |block: usize| from + (block * BLOCK) as u64;
+            let why = format!(
+                "{}: damaged in chunk {} of the store; `vb-ublk volume verify` says what else is, and what to do",
+                range(byte(*first), byte(last + 1) - 1),
+                p.at.chunk()
+            );
+            return Err(Error::new(ErrorKind::Corrupt, why));
+        }
+        Ok(read.data)
     }
 
     /// Its size in bytes.
@@ -78,11 +102,18 @@ pub struct Exported {
 /// `Busy` when somebody has the volume attached, or a host died with it; `NotFound`, `Corrupt`, the store's.
 pub async fn settled(store: &dyn Store, name: &str) -> Result<Manifest> {
     let m = admin::info(store, name).await?;
+    not_attached(&m)?;
+    Ok(m)
+}
+
+/// Refuses a volume of which a host may have more than the store.
+pub(super) fn not_attached(m: &Manifest) -> Result<()> {
     if m.writer.is_none() {
-        return Ok(m);
+        return Ok(());
     }
     let what = format!(
-        "volume {name:?} is attached by {}: export a snapshot of it, or detach it first (if that host died, attach it once more before)",
+        "volume {:?} is attached by {}: export a snapshot of it, or detach it first (if that host died, attach it once more before)",
+        m.name,
         m.holder()
     );
     Err(Error::new(ErrorKind::Busy, what))
@@ -90,10 +121,10 @@ pub async fn settled(store: &dyn Store, name: &str) -> Result<Manifest> {
 
 /// Blocks side by side in the volume and in a chunk.
 #[derive(Debug, Clone, Copy)]
-struct Piece {
-    block: BlockNo,
-    at: Location,
-    blocks: u16,
+pub(super) struct Piece {
+    pub(super) block: BlockNo,
+    pub(super) at: Location,
+    pub(super) blocks: u16,
 }
 
 /// What is mapped, in order, in pieces that are read at once.
@@ -120,25 +151,11 @@ fn pieces(map: &BaseImage) -> impl Iterator<Item = Piece> {
 /// `Corrupt` for a damaged block, with the bytes of the volume that it is; the store's; the image's.
 pub async fn export(base: &Base, to: &mut dyn ImageSink, told: &mut dyn FnMut(Progress)) -> Result<Exported> {
     let mut progress = Progress { bytes: 0, of: base.map.mapped_blocks() * BLOCK as u64 };
-    let reader = &base.reader;
-    let mut reads = stream::iter(pieces(&base.map))
-        .map(|p| async move { (p, reader.read(p.at, p.block, p.blocks).await) })
-        .buffered(PARALLEL);
+    let mut reads = stream::iter(pieces(&base.map)).map(|p| async move { (p, base.read(p).await) }).buffered(PARALLEL);
     while let Some((p, read)) = reads.next().await {
-        let from = p.block.0 * BLOCK as u64;
-        let range = |first: u64, end: u64| format!("bytes {first} to {end} of the volume cannot be exported");
-        let read = read.map_err(|e| e.context(range(from, from + u64::from(p.blocks) * BLOCK as u64 - 1)))?;
-        if let (Some((first, _)), Some((last, _))) = (read.bad.first(), read.bad.last()) {
-            let byte = |block: usize| from + (block * BLOCK) as u64;
-            let why = format!(
-                "{}: damaged in chunk {} of the store; `vb-ublk volume verify` says what else is, and what to do",
-                range(byte(*first), byte(last + 1) - 1),
-                p.at.chunk()
-            );
-            return Err(Error::new(ErrorKind::Corrupt, why));
-        }
-        to.write(from, &read.data).await?;
-        progress.bytes += read.data.len() as u64;
+        let data = read?;
+        to.write(p.block.0 * BLOCK as u64, &data).await?;
+        progress.bytes += data.len() as u64;
         told(progress);
     }
     Ok(Exported { size_bytes: base.size_bytes(), data_bytes: progress.of })

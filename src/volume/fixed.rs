@@ -9,13 +9,13 @@ use std::sync::Arc;
 
 use super::Parts;
 use super::attach::{Attached, Stores};
-use super::images::load_images;
 use super::start::{Place, start_log};
 use crate::disk::file::DataFile;
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc::Policy;
 use crate::manifest::Published;
+use crate::manifest::images::load_images;
 use crate::map::Maps;
 use crate::store::Store;
 use crate::units::{SECTOR, Seq};

@@ -64,6 +64,8 @@ pub struct AttachOptions {
     pub accept_loss: bool,
     /// How garbage is collected.
     pub gc: gc::Policy,
+    /// It will be a device of this machine, whose memory may fill up with what is to be written to it.
+    pub guard_memory: bool,
 }
 
 /// An attached volume with its threads.
@@ -92,7 +94,10 @@ impl Host {
             step_back();
             tokio_uring::start(async move {
                 match open_and_attach(&opts).await {
-                    Ok(Attached { volume, background, reads, reader }) => {
+                    Ok(Attached { volume, mut background, reads, reader }) => {
+                        if opts.guard_memory && !volume.read_only() {
+                            background.guard_memory();
+                        }
                         let _ = told.send(Ok((volume, reads, reader)));
                         background.run().await;
                     }

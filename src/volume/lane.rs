@@ -18,6 +18,7 @@ use std::time::Duration;
 use futures_util::future::{Either, join_all, select};
 
 use super::Volume;
+use super::counts::{Kind, LaneCounter};
 use super::engine::{Engine, Extent, IoFault};
 use crate::checksum::block_crc;
 use crate::chunk::reader::{Blocks, sectors_good};
@@ -42,6 +43,7 @@ pub struct VolumeLane<D: Disk, T: Timer> {
     appender: Rc<Appender<D>>,
     timer: T,
     spare: RefCell<Vec<Vec<Piece>>>,
+    counter: LaneCounter,
 }
 
 /// Pins log slots under the map's lock; each pin is given back by the [`Pin`] of its piece.
@@ -84,7 +86,8 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
     /// A lane of `volume`; `disk` is the lane's own descriptor of the volume's log.
     pub fn new(volume: Arc<Volume>, disk: D, timer: T) -> Rc<Self> {
         let appender = Rc::new(Appender::new(volume.log.clone(), disk));
-        Rc::new(Self { volume, appender, timer, spare: RefCell::default() })
+        let counter = volume.counter();
+        Rc::new(Self { volume, appender, timer, spare: RefCell::default(), counter })
     }
 
     fn check(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
@@ -271,10 +274,8 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         dst.copy_in(0, &data[skip..skip + dst.len()]);
         Ok(())
     }
-}
 
-impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
-    async fn read(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
+    async fn read_range(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
         let sectors = (dst.len() / SECTOR) as u64;
         self.check(lba, sectors)?;
         if !self.volume.is_confirmed() && !self.volume.maps.overlay_covers(lba, sectors) {
@@ -288,7 +289,7 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
         result
     }
 
-    async fn write(&self, lba: Lba, src: IoBuf, fua: bool) -> Result<(), IoFault> {
+    async fn log_data(&self, lba: Lba, src: IoBuf, fua: bool) -> Result<(), IoFault> {
         self.check_write(lba, (src.len() / SECTOR) as u64)?;
         let since = self.since();
         self.pace(src.len() as u64, since).await?;
@@ -306,7 +307,7 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
         self.settle(end, fua).await
     }
 
-    async fn flush(&self) -> Result<(), IoFault> {
+    async fn sync_log(&self) -> Result<(), IoFault> {
         if self.volume.is_gone() {
             return Err(IoFault::Gone);
         }
@@ -317,12 +318,35 @@ impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
         self.settle(log.flush_target(), true).await
     }
 
+    fn counted(&self, kind: Kind, bytes: u64, done: Result<(), IoFault>) -> Result<(), IoFault> {
+        self.counter.count(kind, bytes, done.is_ok());
+        done
+    }
+}
+
+impl<D: Disk, T: Timer> Engine for VolumeLane<D, T> {
+    async fn read(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
+        let bytes = dst.len() as u64;
+        self.counted(Kind::Read, bytes, self.read_range(lba, dst).await)
+    }
+
+    async fn write(&self, lba: Lba, src: IoBuf, fua: bool) -> Result<(), IoFault> {
+        let bytes = src.len() as u64;
+        self.counted(Kind::Write, bytes, self.log_data(lba, src, fua).await)
+    }
+
+    async fn flush(&self) -> Result<(), IoFault> {
+        self.counted(Kind::Flush, 0, self.sync_log().await)
+    }
+
     async fn discard(&self, lba: Lba, sectors: u64, fua: bool) -> Result<(), IoFault> {
-        self.hole(lba, sectors, RecordKind::Discard, fua).await
+        let done = self.hole(lba, sectors, RecordKind::Discard, fua).await;
+        self.counted(Kind::Discard, sectors.saturating_mul(SECTOR as u64), done)
     }
 
     async fn write_zeroes(&self, lba: Lba, sectors: u64, fua: bool) -> Result<(), IoFault> {
-        self.hole(lba, sectors, RecordKind::Zeroes, fua).await
+        let done = self.hole(lba, sectors, RecordKind::Zeroes, fua).await;
+        self.counted(Kind::WriteZeroes, sectors.saturating_mul(SECTOR as u64), done)
     }
 
     fn extents(&self, lba: Lba, sectors: u64, out: &mut Vec<Extent>) -> Result<(), IoFault> {

@@ -5,17 +5,17 @@
 //! - [`attach`]: finding the state in log and store, and all that serves it.
 //! - [`take`]: taking the next epoch.
 //! - [`resume`]: going on from the log alone, until the store has been asked.
-//! - `images`: the last checkpoint, read back.
 //! - `start`: the log made ready after replay.
 //! - `salvage`: a damaged log, ended before its damage.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
-//! - [`host`]: the threads of an attached volume.
+//! - [`host`]: the threads of an attached volume; [`counts`]: what its lanes count; `status`: what is told of it.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
 //! - [`resize`]: a volume made larger or smaller.
 //! - [`snapshots`]: snapshots and clones; `fixed`: a snapshot that is served.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`import`]: a new volume from an image; [`export`]: a volume, or any base map, written to one.
+//! - [`diff`]: what has changed between two snapshots; [`increment`]: that alone, written to an image.
 //! - [`verify`]: everything that a volume has in the store, read and checked; [`damage`]: what that tells.
 //!
 //! Invariants:
@@ -26,13 +26,15 @@
 pub mod admin;
 pub mod attach;
 pub mod background;
+pub mod counts;
 pub mod damage;
+pub mod diff;
 pub mod engine;
 pub mod export;
 mod fixed;
 pub mod host;
-pub(crate) mod images;
 pub mod import;
+pub mod increment;
 pub mod lane;
 pub mod rebuild;
 pub mod recover;
@@ -41,6 +43,7 @@ pub mod resume;
 mod salvage;
 pub mod snapshots;
 mod start;
+mod status;
 pub mod take;
 pub mod throttle;
 pub mod verify;
@@ -50,7 +53,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
-use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
@@ -61,9 +63,12 @@ use crate::gc::Policy;
 use crate::map::{Location, Maps};
 use crate::store::metrics::{Metrics, Snapshot};
 use crate::units::{BlockNo, SECTOR};
-use crate::wal::log::{Log, LogStatus};
+use crate::wal::log::Log;
+use counts::{LaneCounter, LaneCounts};
 use engine::IoFault;
 use throttle::Throttle;
+
+pub use status::{BackgroundStatus, SpaceStatus, VolumeStatus};
 
 /// Lanes' reads of chunks that may wait in the channel.
 const READ_QUEUE: usize = 1024;
@@ -111,6 +116,8 @@ pub enum Command {
     },
     /// Bring back the space of all that was overwritten or discarded. Answered when there is none left.
     CollectGarbage(oneshot::Sender<Result<()>>),
+    /// Copy all that a clone needs of its parents, and cut the tie. Answered when they may be deleted.
+    Flatten(oneshot::Sender<Result<()>>),
     /// Delete a snapshot, unless a clone needs it.
     DeleteSnapshot {
         /// Its name.
@@ -118,90 +125,6 @@ pub enum Command {
         /// The answer.
         reply: oneshot::Sender<Result<()>>,
     },
-}
-
-/// What the background tells about itself.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct BackgroundStatus {
-    /// The epoch of this attachment.
-    pub epoch: u64,
-    /// Whether the store was seen to honour conditional writes.
-    pub conditional_writes: bool,
-    /// Groups of chunks in the store and in the map.
-    pub groups: u64,
-    /// The last group that a published checkpoint holds.
-    pub checkpoint_group: u64,
-    /// Seconds for which the oldest entry has been waiting to be uploaded.
-    pub oldest_pending_secs: Option<f64>,
-    /// Bytes per second that the uploads have lately reached.
-    pub upload_bytes_per_sec: Option<f64>,
-    /// What is wrong with the store, while it is.
-    pub store_trouble: Option<String>,
-    /// For how many seconds it has been so.
-    #[serde(default)]
-    pub store_trouble_secs: Option<f64>,
-    /// What the volume takes in the store; absent until somebody has looked.
-    #[serde(default)]
-    pub space: Option<SpaceStatus>,
-}
-
-/// What a volume's chunks take in the store as of its last checkpoint, and what garbage collection has done since the attach.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SpaceStatus {
-    /// All chunks of the volume's own, in bytes.
-    pub stored_bytes: u64,
-    /// What the map names of them.
-    pub live_bytes: u64,
-    /// What snapshots alone name.
-    pub snapshot_bytes: u64,
-    /// What nothing names, and what is lost to chunks that are not full.
-    pub garbage_bytes: u64,
-    /// Bytes that garbage collection has read from the store.
-    pub gc_read_bytes: u64,
-    /// Bytes of chunks that it has written.
-    pub gc_written_bytes: u64,
-    /// Objects that it has deleted.
-    pub gc_deleted_objects: u64,
-}
-
-/// An attached volume, as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct VolumeStatus {
-    /// Its name.
-    pub name: String,
-    /// Its identity.
-    pub uuid: Uuid,
-    /// Size in bytes.
-    pub size_bytes: u64,
-    /// Logical block size in bytes.
-    pub logical_block: u32,
-    /// Whether writes are refused.
-    pub read_only: bool,
-    /// Whether the store has been asked since the volume was taken up: before, only the log is served.
-    #[serde(default)]
-    pub confirmed: bool,
-    /// The store.
-    pub store_url: String,
-    /// The log.
-    pub log: LogStatus,
-    /// Where the log is.
-    pub log_path: String,
-    /// Blocks of 4096 bytes that the base maps.
-    pub mapped_blocks: u64,
-    /// Memory of the maps in bytes.
-    pub map_bytes: u64,
-    /// The rate to which writes are slowed, in bytes per second.
-    pub write_limit: Option<u64>,
-    /// Requests that failed because they would have waited too long.
-    #[serde(default)]
-    pub timeouts: u64,
-    /// Why the log or the volume has failed.
-    pub failure: Option<String>,
-    /// The background.
-    pub background: BackgroundStatus,
-    /// What has gone through the store since the attach, tries that failed included.
-    #[serde(default)]
-    pub store_requests: Snapshot,
 }
 
 /// See the module's page.
@@ -229,6 +152,7 @@ pub struct Volume {
     gone: watch::Sender<bool>,
     gone_reason: OnceLock<String>,
     background: Mutex<BackgroundStatus>,
+    counts: LaneCounts,
     /// Those of each store thread's client.
     store_metrics: Mutex<Vec<Arc<Metrics>>>,
 }
@@ -277,6 +201,7 @@ impl Volume {
             gone: watch::Sender::new(false),
             gone_reason: OnceLock::new(),
             background: Mutex::default(),
+            counts: LaneCounts::default(),
             store_metrics: Mutex::default(),
         };
         (Arc::new(volume), reads_out, commands_out)
@@ -424,6 +349,11 @@ impl Volume {
         change(&mut self.background.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Where a new lane counts.
+    fn counter(&self) -> LaneCounter {
+        self.counts.lane()
+    }
+
     /// Has what a client of the store counts added to the status.
     pub(crate) fn count_store(&self, metrics: Arc<Metrics>) {
         self.store_metrics.lock().unwrap_or_else(PoisonError::into_inner).push(metrics);
@@ -465,6 +395,7 @@ impl Volume {
             timeouts: self.timeouts.load(Ordering::Relaxed),
             failure: self.gone_reason.get().cloned().or_else(|| self.log.failure().map(str::to_owned)),
             background,
+            requests: self.counts.sum(),
             store_requests: self.store_counts(),
         }
     }

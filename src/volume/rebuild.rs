@@ -60,9 +60,9 @@ use local::log_fate;
 pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
 
 use super::attach::utc;
-use super::images::{load_checkpoint, load_images};
 use super::recover::{StoreEnd, checkpoint_end};
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::images::load_images;
 use crate::manifest::{self, Checkpoint, FirstOwned, Manifest, Writer};
 use crate::map::Maps;
 use crate::store::Store;
@@ -153,6 +153,10 @@ pub async fn rebuild(
     job.write(found, outcome).await
 }
 
+/// Of a clone that was flattened.
+const NOT_TOLD: &str = "the volume was flattened, and what it copied is told by a copy of the manifest in its folder gc, which is not there: put that back \
+                        from a copy of the store";
+
 fn usage(what: String) -> Error {
     Error::new(ErrorKind::Usage, what)
 }
@@ -184,10 +188,10 @@ impl Job<'_> {
                     let from = if kept.of_chunks { MapFrom::Chunks } else { MapFrom::Copy };
                     return self.known_from(m, named, (kept.maps(m.size_bytes), kept.end(), from), notes, told).await;
                 }
-                // A clone begins as the snapshot that it was made from.
-                if let Some(parent) = m.parents.first() {
-                    maps.load_base(&load_checkpoint(self.store, m, parent.checkpoint.as_ref()).await?.current);
+                if m.flattened {
+                    return Err(Error::new(ErrorKind::Corrupt, NOT_TOLD));
                 }
+                maps.load_base(&kept::beginning(self.store, m).await?);
                 (NOWHERE, MapFrom::Chunks)
             }
             Err(e) => return Err(e),

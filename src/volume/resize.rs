@@ -5,9 +5,9 @@
 //! they had.
 
 use super::background::checkpoint::put_unattached;
-use super::images::load_images;
 use super::snapshots::not_deleting;
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::images::load_images;
 use crate::manifest::{self, Checkpoint, Manifest, Published};
 use crate::map::Run;
 use crate::store::Store;

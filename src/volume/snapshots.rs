@@ -18,8 +18,10 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::gc::sweep::keep_copy;
+use crate::manifest::images::load_checkpoint;
 use crate::manifest::{self, By, Manifest, Published, Snapshot, parse_ref_key, ref_key, refs_prefix};
-use crate::store::Store;
+use crate::store::{Store, list_folder};
 
 const PARALLEL_LOOKS: usize = 16;
 /// Clones that a refusal names.
@@ -158,8 +160,7 @@ pub(super) async fn not_needed(store: &dyn Store, volume: &str, snapshot: Option
 /// Removes what is left of the refs to a snapshot that is gone.
 async fn forget_refs(store: &dyn Store, volume: &str, snapshot: Uuid) -> Result<()> {
     let folder = refs_prefix(volume, Some(snapshot));
-    let refs =
-        store.list(&folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let refs = list_folder(store, &folder).await?;
     for r in refs {
         store.delete(&r.key).await.map_err(|e| e.context(format!("deleting {} in {}", r.key, store.url())))?;
     }
@@ -187,8 +188,7 @@ fn needed(what: &str, clones: &[String]) -> Error {
 /// The store's.
 async fn dependents(store: &dyn Store, volume: &str, snapshot: Option<Uuid>) -> Result<Vec<String>> {
     let folder = refs_prefix(volume, snapshot);
-    let refs =
-        store.list(&folder, None).await.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let refs = list_folder(store, &folder).await?;
     let clones: Vec<Option<String>> = stream::iter(&refs)
         .map(|object| async move {
             let Some((snapshot, clone, uuid)) = parse_ref_key(volume, &object.key) else { return Ok(None) };
@@ -302,6 +302,46 @@ pub(super) async fn still_there(store: &dyn Store, m: &Manifest) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => Err(gone().with_source(e)),
         Err(e) => Err(e),
     }
+}
+
+/// The names of the volume's own snapshots whose maps name a parent.
+///
+/// # Errors
+/// `Corrupt` when a snapshot's map cannot be read: nobody knows what it names then. The store's.
+pub(super) async fn borrowers(store: &dyn Store, m: &Manifest) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    // None can, once the volume itself does not.
+    for s in m.snapshots.iter().filter(|_| !m.flattened) {
+        let Some(c) = &s.checkpoint else { continue };
+        let borrows = c.is_borrowed() || {
+            let image = load_checkpoint(store, &m.at_snapshot(s), Some(c)).await;
+            let image = image.map_err(|e| e.context(format!("reading the map of snapshot {:?}", s.name)))?.current;
+            image.runs().any(|r| r.to.is_some_and(|at| at.source() != 0))
+        };
+        if borrows {
+            found.push(s.name.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// Has the manifest say that neither the volume's map nor any of its snapshots' names a parent, and removes the ref. May be done again.
+///
+/// # Errors
+/// `Fenced` when the volume is another's by now; the store's.
+pub(super) async fn cut_tie(store: &dyn Store, published: &mut Published) -> Result<()> {
+    // What was copied is of no group: without this copy a rebuild would not know that it counts.
+    let alone = Manifest { flattened: true, ..published.manifest.clone() };
+    keep_copy(store, &alone).await?;
+    if !published.manifest.flattened {
+        published
+            .change(store, By::Attachment, |m| {
+                m.flattened = true;
+                Ok(())
+            })
+            .await?;
+    }
+    forget_parent(store, &published.manifest).await
 }
 
 async fn undo(store: &dyn Store, new: &str, uuid: Uuid, ref_key: &str) -> Result<()> {

@@ -18,11 +18,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attach::Request;
-use super::images::{Images, load_images};
 use super::recover::{StoreEnd, apply_groups, checkpoint_end};
 use super::snapshots::{not_deleting, still_there};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::images::{Images, load_images};
 use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, prefix};
 use crate::map::{BaseImage, Maps};
 use crate::store::{Store, probe};

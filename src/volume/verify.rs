@@ -14,12 +14,12 @@ use std::collections::BTreeMap;
 use futures_util::stream::{self, StreamExt};
 
 use super::damage::{Damage, DamageKind, Report};
-use super::images::{Images, damaged_parts, load_images};
 use super::recover::{PARALLEL_HEADERS, StoreEnd, apply_headers, checkpoint_end, newer_chunks, newer_header};
 use crate::chunk::header::ChunkHeader;
 use crate::chunk::reader::Keys;
 use crate::chunk::verify::{Checked, Mapped, check};
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::images::{Images, damaged_parts, load_images};
 use crate::manifest::{self, Manifest, Published};
 use crate::map::{BaseImage, Maps};
 use crate::store::Store;

@@ -10,4 +10,5 @@ mod durability;
 mod handshake;
 mod lifecycle;
 mod load;
+mod metrics;
 mod sharing;

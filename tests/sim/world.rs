@@ -1,35 +1,35 @@
 //! What outlives a crash, and one life of a volume in it.
 
+mod life;
+mod shared;
+
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{join_all, select};
 use tempfile::TempDir;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::disk::file::DataFile;
-use vb_ublk::error::{ErrorKind, Result};
+use vb_ublk::error::Result;
 use vb_ublk::gc::Policy;
 use vb_ublk::image::ImageSink;
-use vb_ublk::manifest::{Published, Writer};
+use vb_ublk::manifest::Published;
 use vb_ublk::store::Store;
 use vb_ublk::time::Timer;
-use vb_ublk::units::{Lba, Nonce, SECTOR};
+use vb_ublk::units::{Lba, SECTOR};
 use vb_ublk::volume::admin::{self, CreateOptions};
-use vb_ublk::volume::attach::{Attached, OpenLog, Request, Stores, attach};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::export::{Base, export};
-use vb_ublk::volume::host::{keep_log, serve_reads};
 use vb_ublk::volume::lane::VolumeLane;
-use vb_ublk::volume::resume::resume;
-use vb_ublk::volume::{Command, Volume};
 use vb_ublk::wal::codec::SLOTS_START;
-use vb_ublk::wal::create::SuperblockFile;
 use vb_ublk::wal::log::Geometry;
 
+use life::{Life, live};
+use shared::Shared;
+
 use crate::clock::SimClock;
+use crate::clone;
 use crate::machine::{Crash, SimDisk, Source, Spawner, run_all};
 use crate::oracle::{After, Oracle};
 use crate::store::SimStore;
@@ -37,6 +37,8 @@ use crate::support_rng::Rng;
 
 /// Small: what is written meets what was written.
 const SECTORS: u64 = 256;
+/// What a volume that begins as a clone begins with, from its start.
+const INHERITED: u64 = 200;
 const GEOMETRY: Geometry = Geometry { segment_bytes: 1 << 20, max_segments: 4 };
 /// So little that a life writes over all of it several times.
 const TIGHT: Geometry = Geometry { segment_bytes: 1 << 20, max_segments: 2 };
@@ -82,6 +84,8 @@ pub(crate) struct Seen {
     /// Snapshots that were read in the end, and those of which it was known what they have to hold.
     pub(crate) snapshots: u64,
     pub(crate) exact: u64,
+    /// Clones that came to stand alone.
+    pub(crate) alone: u64,
 }
 
 impl Seen {
@@ -100,32 +104,9 @@ impl Seen {
             moved: self.moved + b.moved,
             snapshots: self.snapshots + b.snapshots,
             exact: self.exact + b.exact,
+            alone: self.alone + b.alone,
         }
     }
-}
-
-/// Sectors that a request in flight touches.
-#[derive(Clone, Copy)]
-struct Range {
-    number: u64,
-    lba: u64,
-    sectors: u64,
-}
-
-struct Shared {
-    rng: RefCell<Rng>,
-    oracle: RefCell<Oracle>,
-    /// What requests in flight touch.
-    busy: RefCell<Vec<Range>>,
-    next_range: Cell<u64>,
-    /// The host whose requests count; none while another is taking the volume over.
-    owner: Cell<Option<u32>>,
-    /// Whether the disk of the present life has failed: from then on writes and flushes may fail.
-    broken: Cell<bool>,
-    seen: Cell<Seen>,
-    gc: Policy,
-    /// By name: what a snapshot has to hold, where it is known.
-    snapshots: RefCell<BTreeMap<String, Option<Vec<u64>>>>,
 }
 
 pub(crate) struct World {
@@ -160,170 +141,6 @@ fn stamp_of(bytes: &[u8], sector: u64) -> u64 {
     stamp
 }
 
-impl Shared {
-    fn below(&self, n: u64) -> u64 {
-        self.rng.borrow_mut().below(n)
-    }
-
-    fn saw(&self, what: impl FnOnce(&mut Seen)) {
-        let mut seen = self.seen.get();
-        what(&mut seen);
-        self.seen.set(seen);
-    }
-
-    /// A range that no request in flight touches.
-    fn range(&self) -> Option<Range> {
-        let sectors = match self.below(4) {
-            0 => 1 + self.below(7),
-            1 => 8,
-            _ => 1 + self.below(48),
-        };
-        let mut lba = self.below(SECTORS - sectors);
-        if self.below(2) == 0 {
-            lba -= lba % 8;
-        }
-        let free = self.busy.borrow().iter().all(|r| r.lba + r.sectors <= lba || lba + sectors <= r.lba);
-        let range = Range { number: self.next_range.replace(self.next_range.get() + 1), lba, sectors };
-        free.then(|| self.busy.borrow_mut().push(range))?;
-        Some(range)
-    }
-
-    fn release(&self, range: Range) {
-        self.busy.borrow_mut().retain(|r| r.number != range.number);
-    }
-
-    async fn write(&self, lane: &Lane) -> Outcome<()> {
-        let Some(range) = self.range() else { return Ok(()) };
-        let Range { lba, sectors, .. } = range;
-        let (kind, fua) = (self.below(6), self.below(6) == 0);
-        let kind = if self.oracle.borrow().in_doubt(lba, sectors) { kind.max(2) } else { kind };
-        let id = self.oracle.borrow_mut().issue(lba, sectors, kind < 2);
-        match kind {
-            0 => lane.discard(Lba(lba), sectors, fua).await?,
-            1 => lane.write_zeroes(Lba(lba), sectors, fua).await?,
-            _ => {
-                let buf = IoBuf::zeroed(sectors as usize * SECTOR);
-                (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(id as u64 + 1, lba + s)));
-                lane.write(Lba(lba), buf, fua).await?;
-            }
-        }
-        self.oracle.borrow_mut().complete(id, fua);
-        self.release(range);
-        Ok(())
-    }
-
-    async fn read(&self, lane: &Lane, me: u32) -> Outcome<()> {
-        let Some(range) = self.range() else { return Ok(()) };
-        let Range { lba, sectors, .. } = range;
-        let found = stamps(lane, lba, sectors).await?;
-        // Another host may have taken over meanwhile, and have written.
-        for (s, stamp) in (lba..).zip(found).filter(|_| self.owner.get() == Some(me)) {
-            assert_eq!(stamp, self.oracle.borrow().expected(s), "sector {s} while it lives");
-        }
-        self.release(range);
-        Ok(())
-    }
-
-    async fn flush(&self, lane: &Lane) -> Outcome<()> {
-        let covered = self.oracle.borrow().completed();
-        lane.flush().await?;
-        self.oracle.borrow_mut().mark(&covered, |w| w.durable = true);
-        Ok(())
-    }
-
-    async fn drain(&self, volume: &Volume, me: u32) -> Outcome<()> {
-        let covered = self.oracle.borrow().completed();
-        if volume.command(Command::Drain).await.is_err() {
-            return Err(IoFault::Gone);
-        }
-        // While another host takes over, what this one uploads may come too late, and it does not know yet.
-        if self.owner.get() == Some(me) {
-            self.oracle.borrow_mut().mark(&covered, |w| w.drained = true);
-            self.saw(|s| s.drained += 1);
-        }
-        Ok(())
-    }
-
-    /// Makes a snapshot, deletes one, or has the garbage collected.
-    async fn keep_house(&self, volume: &Volume, me: u32, alone: bool) -> Outcome<()> {
-        let name = format!("s{}", self.below(6));
-        let there = self.snapshots.borrow().contains_key(&name);
-        let done = match self.below(3) {
-            0 => volume.command(Command::CollectGarbage).await,
-            _ if there => {
-                // Whatever comes of it: it may be gone from now on.
-                self.snapshots.borrow_mut().remove(&name);
-                volume.command(|reply| Command::DeleteSnapshot { name, reply }).await
-            }
-            _ => {
-                let now: Vec<u64> = (0..SECTORS).map(|s| self.oracle.borrow().expected(s)).collect();
-                let done = volume.command(|reply| Command::Snapshot { name: name.clone(), created: 1, reply }).await;
-                if done.is_ok() && self.owner.get() == Some(me) {
-                    self.snapshots.borrow_mut().insert(name, alone.then_some(now));
-                }
-                done
-            }
-        };
-        match done {
-            Err(e) if self.owner.get() != Some(me) || volume.is_gone() => {
-                let _ = e;
-                Err(IoFault::Gone)
-            }
-            // One that was made by a process that did not live to hear of it.
-            Err(e) if e.kind() == ErrorKind::Exists || e.kind() == ErrorKind::NotFound => Ok(()),
-            Err(e) => panic!("{e}"),
-            Ok(()) => Ok(()),
-        }
-    }
-
-    /// What a host that has lost the volume still does: none of it may ever show.
-    async fn haunt(&self, lane: &Lane) {
-        let (lba, sectors) = (self.below(SECTORS - 8), 1 + self.below(8));
-        let buf = IoBuf::zeroed(sectors as usize * SECTOR);
-        (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(u64::MAX, lba + s)));
-        let fua = self.below(4) == 0;
-        if lane.write(Lba(lba), buf, fua).await.is_err() {
-            self.saw(|s| s.stopped += 1);
-        }
-    }
-
-    async fn work(&self, life: &Life, lane: &Lane, volume: &Volume) {
-        let (me, clock) = (life.me, &life.clock);
-        for _ in 0..life.load.requests {
-            if life.load.breaks && self.below(60) == 0 {
-                life.break_disk();
-            }
-            if self.owner.get().is_some_and(|o| o != me) {
-                self.haunt(lane).await;
-                continue;
-            }
-            if self.gc.enabled && self.below(14) == 0 {
-                // What failed is in doubt.
-                let alone = life.load.workers == 1 && life.load.lanes == 1 && !self.broken.get();
-                if let Err(e) = self.keep_house(volume, me, alone).await {
-                    let may = self.broken.get() || self.owner.get() != Some(me);
-                    assert!(may, "nothing fails here, and this did: {e}");
-                }
-                continue;
-            }
-            let done = match self.below(32) {
-                0 => self.drain(volume, me).await,
-                1 => {
-                    clock.sleep(Duration::from_millis(self.below(8000))).await;
-                    Ok(())
-                }
-                2..4 => self.flush(lane).await,
-                4..12 => self.read(lane, me).await,
-                _ => self.write(lane).await,
-            };
-            if let Err(e) = done {
-                let may = self.broken.get() || self.owner.get() != Some(me);
-                assert!(may, "nothing fails here, and this did: {e}");
-            }
-        }
-    }
-}
-
 async fn stamps(lane: &Lane, lba: u64, sectors: u64) -> Outcome<Vec<u64>> {
     let buf = IoBuf::zeroed(sectors as usize * SECTOR);
     lane.read(Lba(lba), buf.clone()).await?;
@@ -353,12 +170,23 @@ impl World {
         // Every third world has a store that gives no trouble.
         let store = SimStore::new(rng.next(), if seed.is_multiple_of(3) { 0 } else { 6 });
         let opts = CreateOptions { size_bytes: SECTORS * SECTOR as u64, logical_block: 512 };
-        let plain = store.plain();
-        let made = admin::create(&*plain, "v", &opts, 1);
-        futures_util::FutureExt::now_or_never(made).expect("memory never waits").expect("created");
+        let plain: Arc<dyn Store> = store.plain();
+        let is_clone = gc.enabled && seed % 5 > 2;
+        let mut oracle = Oracle::new(SECTORS as usize);
+        if is_clone {
+            // What it begins with is as if it had been written, and brought to the store.
+            let id = oracle.issue(0, INHERITED, false);
+            oracle.complete(id, true);
+            oracle.mark(&[id], |w| w.drained = true);
+            let of = |s| if s < INHERITED { content(id as u64 + 1, s) } else { content(0, s) };
+            clone::make(&plain, (0..SECTORS).flat_map(of).collect());
+        } else {
+            let made = admin::create(&*plain, "v", &opts, 1);
+            futures_util::FutureExt::now_or_never(made).expect("memory never waits").expect("created");
+        }
         let shared = Shared {
             rng: RefCell::new(rng),
-            oracle: RefCell::new(Oracle::new(SECTORS as usize)),
+            oracle: RefCell::new(oracle),
             busy: RefCell::default(),
             next_range: Cell::new(0),
             owner: Cell::new(Some(0)),
@@ -366,6 +194,7 @@ impl World {
             seen: Cell::default(),
             gc,
             snapshots: RefCell::default(),
+            cloned_in: is_clone.then_some(plain),
         };
         Self {
             shared: Rc::new(shared),
@@ -554,146 +383,4 @@ fn log_file(dir: &TempDir, host: u32, geometry: Geometry) -> Arc<DataFile> {
     let path = dir.path().join(format!("{host}.wal"));
     std::fs::File::create(&path).and_then(|f| f.set_len(log_bytes(geometry))).expect("a file");
     Arc::new(DataFile::open(&path, false).expect("the log's file"))
-}
-
-/// What a life needs.
-struct Life {
-    geometry: Geometry,
-    me: u32,
-    shared: Rc<Shared>,
-    disk: SimDisk,
-    store: Arc<dyn Store>,
-    file: Arc<DataFile>,
-    clock: SimClock,
-    spawner: Spawner,
-    force: bool,
-    /// Go on from the log.
-    resume: bool,
-    after: Option<After>,
-    load: Load,
-    /// See [`World::life_without_marks`].
-    without_marks: bool,
-    /// Its state was found to keep the rule.
-    judged: Rc<Cell<bool>>,
-}
-
-impl Life {
-    /// The next write or sync of the log's disk fails.
-    fn break_disk(&self) {
-        let shared = &self.shared;
-        shared.broken.set(true);
-        shared.saw(|s| s.broken += 1);
-        if shared.below(2) == 0 { self.disk.fail_next_write() } else { self.disk.fail_next_sync() }
-    }
-
-    /// As often as it takes: what a dead process has sent may land at any time and look like another host.
-    async fn attach(&self) -> Attached<SimDisk, SimClock> {
-        for _ in 0..20 {
-            match self.try_attach().await {
-                Err(e) if matches!(e.kind(), ErrorKind::Fenced | ErrorKind::Conflict) => {
-                    self.shared.saw(|s| s.again += 1);
-                }
-                attached => return attached.expect("attached"),
-            }
-        }
-        panic!("twenty attaches have lost a race against nobody");
-    }
-
-    async fn try_attach(&self) -> Result<Attached<SimDisk, SimClock>> {
-        let superblock = SuperblockFile::load(&self.disk, log_bytes(self.geometry)).await?;
-        let mut salts = Rng(self.shared.rng.borrow_mut().next());
-        let log = OpenLog {
-            file: self.file.clone(),
-            disk: self.disk.clone(),
-            superblock,
-            geometry: self.geometry,
-            salt: Box::new(move || salts.next()),
-        };
-        let request = Request {
-            force: self.force,
-            read_only: false,
-            io_timeout: None,
-            gc: self.shared.gc.clone(),
-            writer: Writer { host: "sim".into(), pid: 1, since: 1 },
-            nonce: Nonce(self.shared.rng.borrow_mut().next()),
-        };
-        let stores = Stores { attach: self.store.clone(), background: self.store.clone() };
-        if self.resume {
-            return resume(stores, "v", log, self.clock.clone(), request).await;
-        }
-        let published = Published::load(&*self.store, "v").await?;
-        attach(stores, published, log, self.clock.clone(), request).await
-    }
-
-    fn lane(&self, volume: &Arc<Volume>) -> Rc<Lane> {
-        let lane = VolumeLane::new(volume.clone(), self.disk.clone(), self.clock.clone());
-        lane.clone().tasks().into_iter().for_each(|t| self.spawner.spawn(t));
-        let sealer = lane.clone();
-        self.spawner.when_idle(move || sealer.seal());
-        lane
-    }
-}
-
-/// Before the store has been asked, perhaps: writes and flushes, without a look at what is there.
-async fn early(life: &Life, lanes: &[Rc<Lane>], volume: &Volume) {
-    let shared = &life.shared;
-    let workers = lanes.iter().map(|lane| async move {
-        for _ in 0..shared.below(8) {
-            if !volume.is_confirmed() {
-                shared.saw(|s| s.resumed += 1);
-            }
-            let done = if shared.below(4) == 0 { shared.flush(lane).await } else { shared.write(lane).await };
-            if let Err(e) = done {
-                assert!(shared.broken.get(), "nothing fails here, and this did: {e}");
-                return;
-            }
-        }
-    });
-    join_all(workers).await;
-}
-
-async fn live(life: Life) {
-    let shared = &life.shared;
-    let Attached { volume, background, reads, reader } = life.attach().await;
-    life.spawner.spawn(background.run());
-    life.spawner.spawn(serve_reads(reads, reader));
-    life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
-    let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
-    if life.resume {
-        // Whoever meets it, a lane or who takes the volume, has to tell the others.
-        if life.load.breaks && shared.below(2) == 0 {
-            life.break_disk();
-        }
-        early(&life, &lanes, &volume).await;
-        if shared.broken.get() {
-            // What failed now is in doubt until the next life: nothing is to be judged yet.
-            return;
-        }
-    }
-    let found = stamps(&lanes[0], 0, SECTORS).await.expect("all can be read");
-    if let Some(after) = life.after {
-        let verdict = shared.oracle.borrow_mut().judge(after, &found);
-        verdict.unwrap_or_else(|e| panic!("{e}"));
-        shared.saw(|s| s.judged += 1);
-    }
-    if shared.owner.replace(Some(life.me)) != Some(life.me) {
-        // What the other host has in flight is in nobody's way any more.
-        shared.busy.borrow_mut().clear();
-    }
-    life.judged.set(true);
-    let workers = (0..life.load.workers).flat_map(|_| &lanes);
-    let work = join_all(workers.map(|lane| shared.work(&life, lane, &volume)));
-    if life.without_marks {
-        life.disk.hold_superblock();
-        select(std::pin::pin!(work), std::pin::pin!(life.clock.sleep(Duration::from_secs(60)))).await;
-    } else {
-        work.await;
-    }
-    let told = volume.status().background;
-    let space = told.space.unwrap_or_default();
-    shared.saw(|s| {
-        s.groups += told.groups;
-        s.deleted += space.gc_deleted_objects;
-        s.moved += space.gc_written_bytes >> 12;
-    });
 }

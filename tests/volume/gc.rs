@@ -18,7 +18,7 @@ const MIB: usize = 1 << 20;
 const SIZE: usize = 32 * MIB;
 
 /// As soon as there is any, and with nothing to spare.
-fn eager() -> Policy {
+pub(crate) fn eager() -> Policy {
     Policy { slack_blocks: 0, pause: Duration::from_millis(5), grace: Duration::ZERO, ..Policy::default() }
 }
 
@@ -56,6 +56,7 @@ fn what_is_overwritten_gives_its_space_back() {
     assert_eq!(space.stored_bytes, stored(&bench), "{space:?}");
     let live = space.live_bytes;
     assert!(live > 20 << 20 && space.stored_bytes < live + live / 16, "{space:?}");
+    assert!(space.gc_deleted_objects > space.gc_deleted_chunks && space.gc_deleted_chunks > 10, "{space:?}");
     assert!(space.gc_deleted_objects > 20 && space.gc_read_bytes > 0 && space.gc_written_bytes > 0, "{space:?}");
     host.detach().unwrap();
     is_well(&bench, "vol");
@@ -116,6 +117,10 @@ fn a_snapshot_keeps_what_it_has_until_it_is_deleted() {
     let mut other = kept.clone();
     on_lane(copy.volume(), async |e| churn(&e, &mut other, &mut rng, 600).await);
     collect(&copy);
+    let space = copy.volume().status().background.space.unwrap();
+    assert_eq!(space.mapped_bytes, space.live_bytes + space.shared_bytes, "{space:?}");
+    assert!(space.shared_bytes > 0 && space.live_bytes > 0 && space.logical_bytes == SIZE as u64, "{space:?}");
+    assert!(space.gc_requests >= space.gc_deleted_objects && space.gc_requests > 0, "{space:?}");
     copy.detach().unwrap();
     holds(&bench, "copy", &other);
     holds(&bench, "vol@s", &kept);
@@ -255,10 +260,16 @@ fn objects_of(bench: &Bench) -> std::path::PathBuf {
     bench.dir.path().join("store/vol")
 }
 
-fn spoil(folder: &std::path::Path) {
+pub(crate) fn spoil(folder: &std::path::Path) {
     for part in std::fs::read_dir(folder).unwrap() {
         std::fs::write(part.unwrap().path(), "garbage").unwrap();
     }
+}
+
+/// In the place of what is there.
+pub(crate) fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    let _ = std::fs::remove_dir_all(to);
+    assert!(std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
 }
 
 /// What is lost, how, and what a rebuild says of manifest and map.
@@ -290,11 +301,7 @@ fn a_volume_that_was_collected_can_be_rebuilt() {
     bench.wipe_local();
     let (store, folder) = (bench.store(), objects_of(&bench));
     let kept = bench.dir.path().join("kept");
-    let copy = |from: &std::path::Path, to: &std::path::Path| {
-        let _ = std::fs::remove_dir_all(to);
-        assert!(std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
-    };
-    copy(&folder, &kept);
+    copy_folder(&folder, &kept);
     let ways: [Way; 5] = [
         ("nothing", |_| {}, ManifestState::Good, MapFrom::Checkpoint),
         (
@@ -321,7 +328,7 @@ fn a_volume_that_was_collected_can_be_rebuilt() {
         ),
     ];
     for (what, lose, state, from) in ways {
-        copy(&kept, &folder);
+        copy_folder(&kept, &folder);
         lose(&folder);
         let report =
             block_on(rebuild(&*store, "vol", &forced(), None, &mut |_| {})).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -341,7 +348,7 @@ fn a_volume_that_was_collected_can_be_rebuilt() {
         bench.wipe_local();
     }
     // A chunk that is needed is damaged as well: nothing is made up.
-    copy(&kept, &folder);
+    copy_folder(&kept, &folder);
     spoil(&folder.join("checkpoints"));
     let first = block_on(store.list("vol/chunks/", None)).unwrap()[0].key.clone();
     block_on(store.put(&first, bytes::Bytes::from_static(b"garbage"))).unwrap();

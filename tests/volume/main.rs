@@ -1,8 +1,11 @@
 //! The volume over a real log file and a file store, without a frontend.
 
 mod dependants;
+mod diff;
+mod flatten;
 mod gc;
 mod latch;
+mod lives;
 mod resize;
 mod snapshots;
 #[path = "../support_rng/mod.rs"]

@@ -103,6 +103,7 @@ impl Bench {
             resume: false,
             accept_loss: false,
             gc: Policy::default(),
+            guard_memory: true,
         }
     }
 

@@ -29,6 +29,10 @@ pub(crate) enum VolumeCommand {
     Info {
         /// Its name
         volume: VolumeName,
+        /// Count what it takes in the store, too, by kind, as of its last checkpoint. That reads its map and those of its snapshots, up
+        /// to 2 GiB for each TiB written at random, where all else is one small object
+        #[arg(long)]
+        space: bool,
         #[command(flatten)]
         json: JsonArg,
     },
@@ -56,6 +60,10 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+    /// Have a clone copy all that it needs of what it was cloned from, which may then be deleted; in use or not
+    ///
+    /// Refused while the clone has snapshots that need it, too.
+    Flatten(FlattenArgs),
     /// Delete a volume and all its data
     Delete {
         /// Its name
@@ -86,6 +94,20 @@ pub(crate) enum SnapshotCommand {
     List {
         /// The volume
         volume: VolumeName,
+        #[command(flatten)]
+        json: JsonArg,
+    },
+    /// What has changed from one snapshot of a volume to another one, which may be the older one
+    ///
+    /// Prints, for each stretch, its first byte, its length in bytes, and `data`, or `zero` where there was data and is none any
+    /// more. What was written anew has changed, whatever was written; nothing that has changed is left out.
+    Diff {
+        /// The volume
+        volume: VolumeName,
+        /// The snapshot to begin from
+        from: String,
+        /// The snapshot to end with [default: the volume as it is, while nobody has it attached]
+        to: Option<String>,
         #[command(flatten)]
         json: JsonArg,
     },
@@ -123,6 +145,17 @@ pub(crate) struct GcArgs {
     pub(crate) dry_run: bool,
     /// Folder of the volume's log, where it is not attached [default: DATA-DIR/wal]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with = "dry_run")]
+    pub(crate) wal_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    /// The clone: attached on this host, or nowhere
+    pub(crate) volume: VolumeName,
+    /// Folder of the volume's log, where it is not attached [default: DATA-DIR/wal]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) wal_dir: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) json: JsonArg,
@@ -212,6 +245,17 @@ pub(crate) struct ExportArgs {
     /// Replace a file that is there; write over a block device
     #[arg(long)]
     pub(crate) force: bool,
+    /// Only what has changed since this snapshot of the same volume: an increment, in qcow2, to lie over an image of that snapshot
+    ///
+    /// Without --backing it names none: `qemu-img rebase -u -b FULL -F qcow2 FILE` lays it over the image FULL.
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) since: Option<String>,
+    /// Have the increment lie over this image of the --since snapshot: a full one, or the increment before
+    #[arg(long, value_name = "IMAGE", requires = "since", value_hint = ValueHint::FilePath)]
+    pub(crate) backing: Option<PathBuf>,
+    /// What that image is: raw or qcow2 [default: as the file begins; a device is raw]
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    pub(crate) backing_format: Option<Format>,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }

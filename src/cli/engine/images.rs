@@ -1,6 +1,6 @@
-//! Images in and out.
+//! Images in and out, and what has changed between two.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::{Either, select};
@@ -9,15 +9,19 @@ use serde_json::{Map, Value};
 use super::{now_unix, with_policy, with_shared};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::viperblock::{self, Viperblock};
-use crate::image::{self, ImageSource, Output};
+use crate::image::{self, Below, ImageSource, Output};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::units::Nonce;
-use crate::volume::{export, import};
+use crate::volume::diff::Pair;
+use crate::volume::{export, import, increment};
 
 pub(in crate::cli) use crate::image::{Backing, Format, Target};
+pub(in crate::cli) use crate::map::ChangeKind;
+pub(in crate::cli) use crate::volume::diff::{Diff, bytes_of};
 pub(in crate::cli) use crate::volume::export::{Exported, Progress as Exporting};
 pub(in crate::cli) use crate::volume::import::{Imported, Progress as Importing};
+pub(in crate::cli) use crate::volume::increment::Increment;
 
 /// What is imported.
 pub(in crate::cli) enum From {
@@ -79,18 +83,69 @@ pub(in crate::cli) fn export(
     told: &mut dyn FnMut(Exporting),
 ) -> Result<Exported> {
     with_shared(Policy::long_run(), url, opts, async |s| {
-        let done = std::pin::pin!(async {
+        let done = async {
             let manifest = export::settled(&**s, name).await?;
             let base = export::Base::of(s, &manifest).await?;
             let mut out = Output::begin(target, base.size_bytes()).await?;
             let exported = export::export(&base, &mut *out.sink, told).await?;
             out.finish().await?;
             Ok(exported)
-        });
-        match select(done, std::pin::pin!(stop)).await {
-            Either::Left((done, _)) => done,
-            Either::Right(_) => Err(Error::new(ErrorKind::Interrupted, "the export was stopped")),
-        }
-        .map_err(|e| e.context(format!("exporting volume {name} to {}", target.path.display())))
+        };
+        unless(stop, done).await.map_err(|e| e.context(format!("exporting volume {name} to {}", target.path.display())))
     })
+}
+
+/// What an increment begins from, and what it is to lie over.
+pub(in crate::cli) struct Since<'a> {
+    pub(in crate::cli) snapshot: &'a str,
+    pub(in crate::cli) backing: Option<(&'a Path, Option<Format>)>,
+}
+
+/// Writes what has changed in a volume since one of its snapshots to an image. `stop` ends it.
+pub(in crate::cli) fn export_since(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    (volume, snapshot): (&str, Option<&str>),
+    since: &Since<'_>,
+    target: &Target,
+    stop: impl Future<Output = ()>,
+    told: &mut dyn FnMut(Exporting),
+) -> Result<Increment> {
+    with_shared(Policy::long_run(), url, opts, async |s| {
+        let done = async {
+            let pair = Pair::find(&**s, volume, since.snapshot, snapshot).await?;
+            let below = since.backing.map(|(path, format)| Below::find(path, format, &target.path, pair.from_bytes()));
+            let target = Target { below: below.transpose()?, ..target.clone() };
+            let diff = pair.compare(s).await?;
+            let mut out = Output::begin(&target, diff.base().size_bytes()).await?;
+            let exported = increment::export(&diff, &mut *out.sink, told).await?;
+            out.finish().await?;
+            Ok(exported)
+        };
+        unless(stop, done).await.map_err(|e| {
+            let what = format!("exporting what has changed in volume {volume} since snapshot {}", since.snapshot);
+            e.context(format!("{what} to {}", target.path.display()))
+        })
+    })
+}
+
+async fn unless<T>(stop: impl Future<Output = ()>, done: impl Future<Output = Result<T>>) -> Result<T> {
+    match select(std::pin::pin!(done), std::pin::pin!(stop)).await {
+        Either::Left((done, _)) => done,
+        Either::Right(_) => Err(Error::new(ErrorKind::Interrupted, "the export was stopped")),
+    }
+}
+
+/// Has `tell` say what has changed from one state of a volume to another one.
+pub(in crate::cli) fn diff(
+    url: &StoreUrl,
+    opts: &StoreOptions,
+    volume: &str,
+    (from, to): (&str, Option<&str>),
+    tell: impl FnOnce(&Diff) -> Result<()>,
+) -> Result<()> {
+    let found = with_shared(Policy::long_run(), url, opts, async |s| {
+        Pair::find(&**s, volume, from, to).await?.compare(s).await
+    });
+    tell(&found.map_err(|e| e.context(format!("comparing two states of volume {volume}")))?)
 }

@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::super::engine::{self, LaneEngine};
+use super::super::metrics::Figures;
 use super::registry::{Lease, Registry};
 use super::volumes::Volumes;
 use crate::config::VolumeName;
@@ -30,6 +31,17 @@ fn resolve(names: &[VolumeName], name: &str) -> Result<VolumeName> {
             // Whatever a client sends, it is only not there.
             Err(e) => Err(none(&e.to_string())),
         },
+    }
+}
+
+impl Served {
+    /// What is told of the server and of all that is attached. `server` has its own figures, while it runs.
+    pub(super) fn figures(&self, server: &super::volumes::Figures) -> Figures {
+        let volumes = self.registry.all_attached();
+        Figures {
+            volumes: volumes.iter().map(|v| v.figures()).collect(),
+            server: server.0.get().and_then(|figures| figures()),
+        }
     }
 }
 

@@ -26,6 +26,7 @@ use nix::sys::signal::Signal;
 use super::add::{check_size, limit};
 use super::args::{NbdArgs, TlsMode};
 use super::engine::{self, CreateOptions};
+use super::metrics::{self, Exporter};
 use super::notify::{Word, tell};
 use super::output::print;
 use super::place::{DEFAULT_WAL, absolute, not_on_ublk, wal_folder};
@@ -70,6 +71,7 @@ struct Plan {
     wal_dir: PathBuf,
     wal_bytes: u64,
     io_timeout: Option<Duration>,
+    metrics: Option<SocketAddr>,
     strict: bool,
 }
 
@@ -78,12 +80,13 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
     let passed = activation::take()?;
     let plan = plan(settings, args)?;
     let signals = Signals::block()?;
-    protect::io_flusher(plan.strict)?;
+    protect::process(plan.strict, false)?;
     let run = RunDir::create(&settings.run_dir)?;
     if let StoreUrl::File { root } = &settings.store {
         not_on_ublk("the store", root)?;
     }
     wal_folder(&plan.wal_dir)?;
+    let metrics = plan.metrics.map(metrics::Listening::open).transpose()?;
     let Listening { listeners, uris, files } = listen::open(Wanted {
         tcp: plan.tcp,
         unix: plan.unix,
@@ -104,6 +107,7 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         read_only: plan.read_only,
         create: plan.create,
         uris: uris.clone(),
+        metrics: metrics.as_ref().map(metrics::Listening::address),
         figures: Arc::clone(&figures),
     };
     let served = Arc::new(Served { registry: Registry::new(volumes, plan.linger), names: plan.names });
@@ -122,8 +126,9 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         }
         asked = Some(Instant::now());
     })?;
-    protect::memory(plan.strict)?;
     served.registry.keep()?;
+    let told = ToldOf { served: Arc::clone(&served), figures: Arc::clone(&figures) };
+    let exporter = metrics.map(|m| m.answer(told)).transpose()?;
     let spec = ServerSpec {
         listeners,
         workers: plan.workers.into(),
@@ -155,8 +160,22 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
     let busy = served.registry.busy().len();
     tell(&Word::Status(&format!("detaching {busy} volumes: uploading what is left")));
     let closed = served.registry.close();
+    // Not before: what is uploaded at the end is to be seen.
+    exporter.into_iter().for_each(Exporter::end);
     drop(files);
     ended.and(closed)
+}
+
+/// What metrics are about.
+struct ToldOf {
+    served: Arc<Served>,
+    figures: Arc<Figures>,
+}
+
+impl metrics::Source for ToldOf {
+    fn figures(&self) -> metrics::Figures {
+        self.served.figures(&self.figures)
+    }
 }
 
 /// Ends the process while volumes are being detached: safe at any time, because the logs have all.
@@ -230,6 +249,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
         wal_dir,
         wal_bytes,
         io_timeout: limit(args.io_timeout.or(add.io_timeout)),
+        metrics: args.metrics.or(add.metrics),
         strict: args.strict || add.strict,
     })
 }

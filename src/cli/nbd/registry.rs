@@ -292,6 +292,15 @@ impl<A: Attacher> Registry<A> {
         }
     }
 
+    /// Those that are attached.
+    pub(super) fn all_attached(&self) -> Vec<Arc<A::Volume>> {
+        let volume = |slot: &Slot<A>| match slot {
+            Slot::Attached { volume, .. } => Some(Arc::clone(volume)),
+            _ => None,
+        };
+        self.0.table().slots.values().filter_map(volume).collect()
+    }
+
     /// The volumes that are attached, or being attached or detached.
     pub(super) fn busy(&self) -> Vec<VolumeName> {
         self.0.table().slots.keys().cloned().collect()

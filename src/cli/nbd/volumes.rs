@@ -6,6 +6,7 @@
 //! - Nothing is written into the run folder for a name that is no volume's: clients choose names.
 //! - The log is let go of before the volume's lock is.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::super::claim::take;
 use super::super::control::{self, Control, Daemon, Order};
 use super::super::engine::{self, AttachOptions, Attached, Collect, CreateOptions, LaneEngine, View};
 use super::super::jobs::Jobs;
+use super::super::metrics::VolumeFigures;
 use super::super::pause;
 use super::super::phase::{Phase, describe};
 use super::super::place::wal_file;
@@ -47,6 +49,8 @@ pub(super) struct Volumes {
     /// Make a volume that is missing.
     pub(super) create: Option<CreateOptions>,
     pub(super) uris: Vec<Uri>,
+    /// Where the server's metrics are.
+    pub(super) metrics: Option<SocketAddr>,
     pub(super) figures: Arc<Figures>,
 }
 
@@ -131,6 +135,12 @@ impl NbdVolume {
         info
     }
 
+    /// What is told of it, to whomever.
+    pub(super) fn figures(&self) -> VolumeFigures {
+        let (phase, view) = (*locked(&self.shared.phase), locked(&self.shared.view).clone());
+        VolumeFigures { name: self.name.to_string(), phase, engine: view.as_ref().map(View::figures) }
+    }
+
     /// The volume as `lane` sees it.
     pub(super) fn engine(&self, lane: &Lane) -> Result<std::rc::Rc<LaneEngine>> {
         let view = locked(&self.shared.view).clone();
@@ -206,6 +216,7 @@ impl Volumes {
         let log_path = wal_file(&self.wal_dir, name)?;
         let mut state = State::new(name.clone(), self.store.to_string(), log_path.clone(), None);
         state.nbd = self.uris.iter().map(|u| u.of(name.as_str())).collect();
+        state.metrics = self.metrics;
         let shared = Arc::new(Shared {
             state,
             begun: Instant::now(),
@@ -230,6 +241,7 @@ impl Volumes {
             resume: false,
             accept_loss: self.accept_loss,
             gc: Collect::default(),
+            guard_memory: false,
         });
         match attached {
             Ok(attached) => Ok((shared, attached, control)),

@@ -37,6 +37,7 @@ fn volumes(dir: &Path, create: bool) -> Volumes {
         read_only: false,
         create: create.then_some(CreateOptions { size_bytes: SIZE, logical_block: 512 }),
         uris: listening.expect("listen").uris,
+        metrics: Some("127.0.0.1:7".parse().expect("address")),
         figures: Arc::new(figures),
     }
 }
@@ -177,6 +178,7 @@ fn volumes_like(v: &Volumes) -> Volumes {
         read_only: v.read_only,
         create: v.create,
         uris: v.uris.clone(),
+        metrics: v.metrics,
         figures: Arc::clone(&v.figures),
     }
 }

@@ -68,6 +68,9 @@ pub fn device_path(id: u32) -> PathBuf {
 /// Serves a device until `stop` is asked for or somebody else stops the device. `make` is called once on
 /// each queue's thread, with the queue's number and lane. `ready` is called when `/dev/ublkbN` serves.
 ///
+/// A device in recovery that cannot be served stays as it is, for the next try. Queues that were set up go on waiting: whoever is told of
+/// the failure ends the process.
+///
 /// On a stop the page cache of the device is written out, requests in flight complete, and the device is
 /// deleted.
 ///
@@ -76,7 +79,7 @@ pub fn device_path(id: u32) -> PathBuf {
 ///
 /// # Errors
 /// Bad settings; no driver or no rights (says what is missing); a queue whose set-up failed. The device is
-/// gone then.
+/// gone then, unless it was to be recovered.
 pub fn serve<E, M>(spec: &DeviceSpec, make: M, ready: impl FnOnce(&DeviceInfo), stop: &StopHandle) -> Result<()>
 where
     E: Engine,
@@ -143,7 +146,16 @@ fn take_over(spec: &DeviceSpec) -> Result<UblkCtrl> {
         .map_err(from_ublk)
         .context(|| format!("opening /dev/ublkb{id} for recovery"))?;
     let code = ctrl.start_user_recover().map_err(from_ublk);
-    checked(code).context(|| format!("starting the recovery of /dev/ublkb{id}"))?;
+    checked(code).map_err(|e| {
+        let io = std::error::Error::source(&e).and_then(|s| s.downcast_ref::<std::io::Error>());
+        let invalid = io.and_then(std::io::Error::raw_os_error) == Some(libc::EINVAL);
+        let e = e.context(format!("starting the recovery of /dev/ublkb{id}"));
+        if invalid {
+            let what = "an earlier recovery may have died half way, which older kernels do not get over: `vb-ublk del --force`, then `vb-ublk add` (nothing acknowledged is lost)";
+            return e.context(what);
+        }
+        e
+    })?;
     Ok(ctrl)
 }
 
@@ -209,10 +221,14 @@ where
     let started = all_ready(&queues, info.queues)
         .and_then(|()| checked(ctrl.start_dev(&dev).map_err(from_ublk)).context(|| "starting the device"))
         .and_then(|()| wait_for_node(&info.path));
-    let served = started.and_then(|()| {
-        ready(&info);
-        wait(stop, &queues.ended)
-    });
+    let served = match started {
+        // A stop would tell those who use the device that it has gone.
+        Err(e) if spec.recover => return Err(e),
+        started => started.and_then(|()| {
+            ready(&info);
+            wait(stop, &queues.ended)
+        }),
+    };
     if served.is_ok() && stop.is_stopped() {
         write_out(&info.path);
     }

@@ -14,13 +14,14 @@ use std::io;
 use std::rc::Rc;
 use std::sync::mpsc::Sender;
 use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 use io_uring::IoUring;
 use libublk::io::{UblkDev, UblkQueue};
 use libublk::uring_async::ublk_reap_io_events_with_update_queue;
 use libublk::{BufDesc, UblkError, UblkIORes, sys, ublk_init_task_ring, with_task_io_ring_mut};
 
-use super::from_ublk;
+use super::{from_ublk, pause};
 use crate::disk::IoBuf;
 use crate::error::{Context as _, Result};
 use crate::lane::{Driver, Lane, Ring, RingMode};
@@ -29,6 +30,11 @@ use crate::volume::engine::{Engine, IoFault};
 
 /// Places for the engine's own operations beside the queue's commands.
 const OWN_ENTRIES: u32 = 256;
+
+/// How long the kernel may lack memory for a queue…
+const PATIENCE: Duration = Duration::from_secs(60);
+/// …and the pause before it is asked again.
+const BREATH: Duration = Duration::from_millis(100);
 
 /// libublk's ring of this thread.
 struct TaskRing;
@@ -252,6 +258,22 @@ where
     Ok(())
 }
 
+/// Tries again while the kernel finds no memory for it: on the way out of that may be what is written to this very device.
+fn patiently<T>(mut step: impl FnMut() -> std::result::Result<T, UblkError>) -> std::result::Result<T, UblkError> {
+    let begun = Instant::now();
+    loop {
+        let lacking = match step() {
+            Err(UblkError::IOError(e)) if e.raw_os_error() == Some(libc::ENOMEM) => UblkError::IOError(e),
+            Err(UblkError::UringIOError(code)) if code == -libc::ENOMEM => UblkError::UringIOError(code),
+            done => return done,
+        };
+        if begun.elapsed() >= PATIENCE {
+            return Err(lacking);
+        }
+        pause(BREATH);
+    }
+}
+
 fn set_up<'d, E, M>(number: u16, dev: &'d UblkDev, mode: RingMode, make: &M) -> Result<(Lane, QueueDriver<'d, E>)>
 where
     E: Engine,
@@ -259,12 +281,23 @@ where
 {
     let depth = dev.dev_info.queue_depth;
     let entries = u32::from(depth) + OWN_ENTRIES;
-    let ring = ublk_init_task_ring(|cell| {
-        let ring = mode.build(entries.next_power_of_two()).map_err(UblkError::IOError)?;
-        cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))
+    let ring = patiently(|| {
+        ublk_init_task_ring(|cell| {
+            let ring = mode.build(entries.next_power_of_two()).map_err(UblkError::IOError)?;
+            cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))
+        })
     });
     ring.map_err(from_ublk).context(|| "making the queue's io_uring")?;
-    let queue = UblkQueue::new(number, dev).map_err(from_ublk).context(|| "opening the queue")?;
+    let open = || {
+        UblkQueue::new(number, dev).inspect_err(|_| {
+            // What it had registered before it failed would be in the way of the next try.
+            with_task_io_ring_mut(|ring| {
+                let _ = ring.submitter().unregister_files();
+                let _ = ring.submitter().unregister_buffers();
+            });
+        })
+    };
+    let queue = patiently(open).map_err(from_ublk).context(|| "opening the queue")?;
     let lane = Lane::new(TaskRing).context(|| "making the queue's lane")?;
     let engine = make(number, &lane)?;
     let tags = Rc::new(Tags::new(depth, dev.dev_info.max_io_buf_bytes as usize));

@@ -35,7 +35,8 @@ const V3_BYTES: usize = 104;
 const MAX_CLUSTER: u64 = 2 << 20;
 /// The longest L1 table, in bytes: QEMU's own limit.
 const MAX_L1: u64 = 32 << 20;
-const MAX_NAME: usize = 1023;
+/// The longest name of a backing file.
+pub(super) const MAX_NAME: usize = 1023;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Where an L1 entry says its L2 table is.
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;

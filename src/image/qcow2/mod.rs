@@ -5,6 +5,7 @@
 //! - Header and L1 table are checked before it sees them ([`check`]); where a stretch of data is, before it is read. So what is
 //!   cut off is damage, not zeros.
 
+mod below;
 mod check;
 
 use std::fs::{File, OpenOptions};
@@ -18,6 +19,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping, Storage as _};
 
+pub use self::below::Below;
 pub(super) use self::check::MAGIC;
 use self::check::{BackingName, Head};
 use super::{Backing, Format, ImageSink, ImageSource};
@@ -198,7 +200,10 @@ impl ImageSource for Qcow2Image {
     }
 }
 
-/// A new image.
+/// Bytes of a cluster of the images that are written: QEMU's own choice.
+pub const CLUSTER: u64 = 64 << 10;
+
+/// A new image. What it lies over is named in its header and never opened: every cluster is written whole.
 #[derive(Debug)]
 pub(super) struct NewQcow2 {
     access: FormatAccess<Storage>,
@@ -207,12 +212,15 @@ pub(super) struct NewQcow2 {
 
 impl NewQcow2 {
     /// An image of a disk of `size` bytes in an empty file.
-    pub(super) async fn create(file: File, what: &str, size: u64) -> Result<Self> {
+    pub(super) async fn create(file: File, what: &str, size: u64, below: Option<&Below>) -> Result<Self> {
         let making = || format!("making the qcow2 image {what}");
         let storage = Storage::try_from(file).map_err(|e| failed(making(), e))?;
-        let made = Qcow2::<Storage>::create_builder(storage)
-            .size(size)
-            .create_open(DenyImplicitOpenGate::default(), |s| Ok(Qcow2::builder(s).backing(None).write(true)));
+        let mut builder = Qcow2::<Storage>::create_builder(storage).size(size).cluster_size(CLUSTER as usize);
+        if let Some(below) = below {
+            builder = builder.backing(below.name.clone(), below.format.name().to_owned());
+        }
+        let made =
+            builder.create_open(DenyImplicitOpenGate::default(), |s| Ok(Qcow2::builder(s).backing(None).write(true)));
         let made = made.await.map_err(|e| failed(making(), e))?;
         Ok(Self { access: FormatAccess::new(made), what: what.to_owned() })
     }
@@ -223,6 +231,11 @@ impl ImageSink for NewQcow2 {
     async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
         let what = || format!("writing {} bytes at byte {at} of the disk to {}", data.len(), self.what);
         self.access.write(data, at).await.map_err(|e| failed(what(), e))
+    }
+
+    async fn write_zeros(&mut self, at: u64, length: u64) -> Result<()> {
+        let what = || format!("zeroing {length} bytes at byte {at} of the disk in {}", self.what);
+        self.access.write_zeroes(at, length).await.map_err(|e| failed(what(), e))
     }
 
     async fn finish(&mut self) -> Result<()> {

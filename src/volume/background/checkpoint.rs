@@ -31,6 +31,8 @@ struct Cut {
     full_before: BaseImage,
     number: u64,
     release: bool,
+    /// An image of a parent's is not to be named any more.
+    own: bool,
     snapshots: Vec<Wanted>,
 }
 
@@ -61,6 +63,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             full_before: self.full_image.clone(),
             number: self.next_checkpoint,
             release,
+            own: self.wants_own_images(),
             snapshots,
         };
         self.next_checkpoint += 1;
@@ -134,7 +137,8 @@ async fn checkpoint(
     cut: &Cut,
 ) -> Result<Option<BaseImage>> {
     let m = &published.manifest;
-    if m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group && c.last_chunk == cut.last_chunk)
+    let fold = cut.own && m.checkpoint.as_ref().is_some_and(Checkpoint::is_borrowed);
+    if !fold && m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group && c.last_chunk == cut.last_chunk)
         || m.checkpoint.is_none() && cut.group.0 == 0
     {
         // Nothing new to write; a release, or a snapshot of what is there, still has to be published.
@@ -145,9 +149,10 @@ async fn checkpoint(
     let blocks = volume.size_bytes() / BLOCK as u64;
     let name = |part: usize| part_key(cut.number, m.epoch, m.nonce, part);
     let delta = m.checkpoint.as_ref().map(|c| (c, BaseImage::diff(&cut.full_before, &cut.image)));
-    let small = delta
-        .as_ref()
-        .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, PART_BYTES).total_bytes() * 4 <= c.full.bytes());
+    let small = !fold
+        && delta
+            .as_ref()
+            .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, PART_BYTES).total_bytes() * 4 <= c.full.bytes());
     let (full, delta, new_full) = match delta {
         Some((c, runs)) if small => {
             let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, PART_BYTES), name).await?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 
+use super::memory::SHORT_GROUP_BYTES;
 use super::{Background, Backoff, Event, Group, no_trouble, trouble};
 use crate::chunk::pack::{BuiltChunk, GroupTicket, Sources, build, key_of, map_extents};
 use crate::disk::Disk;
@@ -62,7 +63,14 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         if !(waiting >= usual || many || wanted || idle && (age >= GROUP_AGE || fill > throttle::START)) {
             return;
         }
-        let most = if fill > 0.75 { 2 * usual } else { usual };
+        let mut most = if fill > 0.75 { 2 * usual } else { usual };
+        if self.memory.is_short() {
+            // Not even a batch of garbage collection's beside it.
+            if !self.groups.is_empty() {
+                return;
+            }
+            most = most.min(SHORT_GROUP_BYTES);
+        }
         let entries = log.journal_after(self.cut, most, GROUP_ENTRIES);
         let Some(last) = entries.last() else { return };
         let ticket = GroupTicket {

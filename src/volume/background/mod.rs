@@ -15,6 +15,7 @@ pub(super) mod checkpoint;
 mod gc;
 mod groups;
 pub(super) mod logcare;
+mod memory;
 mod orders;
 mod patience;
 mod resize;
@@ -29,7 +30,8 @@ use std::time::Duration;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
-use gc::{Gc, GcDone};
+use gc::{Flatten, Gc, GcDone};
+use memory::{Memory, RESERVED_BODIES};
 use orders::{Reply, SnapshotOrder, lost};
 use patience::no_trouble;
 pub(super) use patience::{Absences, Backoff, trouble};
@@ -115,6 +117,16 @@ pub(super) enum PublishDone {
     Stopped,
 }
 
+impl PublishDone {
+    /// Of a change that is made once, and not tried again.
+    fn of(changed: Result<()>) -> Self {
+        match changed {
+            Err(e) if e.kind() == ErrorKind::Fenced => Self::Fenced(e),
+            changed => Self::Changed(changed),
+        }
+    }
+}
+
 /// A group between its cut and its retirement.
 struct Group {
     number: GroupNo,
@@ -152,6 +164,7 @@ pub struct Background<D: Disk, T: Timer> {
     uploads: VecDeque<(GroupNo, BuiltChunk)>,
     uploading: usize,
     bodies: Bodies,
+    memory: Memory,
     /// The last entry that some group holds.
     cut: Seq,
     uncut_since: Option<Duration>,
@@ -185,6 +198,7 @@ pub struct Background<D: Disk, T: Timer> {
     deletions: VecDeque<(String, Reply)>,
 
     gc: Gc,
+    flatten: Flatten,
 
     /// Sizes that the volume is to have, in bytes.
     resizes: VecDeque<(u64, Reply)>,
@@ -218,6 +232,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     pub(super) fn new(a: Attachment<D, T>) -> Self {
         let Attachment { volume, store, disk, timer, reader, commands } = a;
         let now = timer.now();
+        let gc = Gc::new(&store);
         Self {
             prefix: prefix(volume.name()),
             epoch: Epoch(0),
@@ -239,6 +254,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             uploads: VecDeque::new(),
             uploading: 0,
             bodies: Bodies::default(),
+            memory: Memory::plenty(),
             cut: Seq(0),
             uncut_since: None,
             next_group: GroupNo(1),
@@ -258,7 +274,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             is_fixed: false,
             snapshots: Vec::new(),
             deletions: VecDeque::new(),
-            gc: Gc::new(),
+            gc,
+            flatten: Flatten::default(),
             resizes: VecDeque::new(),
             drains: Vec::new(),
             detach: None,
@@ -292,6 +309,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             s.conditional_writes = m.conditional_writes;
             s.groups = end.group.0;
             s.checkpoint_group = checkpoint.map_or(0, |c| c.group.0);
+            s.snapshots = m.snapshots.len() as u64;
         });
         self.published = Some(Box::new(published));
         self.superblock = Some(Box::new(superblock));
@@ -302,6 +320,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     pub(super) fn serve_fixed(&mut self) {
         self.is_fixed = true;
         self.volume.set_confirmed();
+    }
+
+    /// The volume is a device of this machine: see [`memory`].
+    pub(super) fn guard_memory(&mut self) {
+        self.bodies.reserve(RESERVED_BODIES);
+        self.memory = Memory::watched();
     }
 
     /// The volume is being taken by `taking`, which goes on until it has it, or knows that it is another's.
@@ -411,6 +435,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let busy = !self.groups.is_empty()
             || self.held
             || self.gc.is_active(self.timer.now())
+            || self.flatten.is_active()
             || self.volume.log.passed_seq() > self.applied_seq
             || self.detach.is_some();
         let (timer, volume) = (self.timer.clone(), self.volume.clone());
@@ -437,12 +462,15 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let oldest = self.cut_groups().next().map(|g| g.since).or(self.uncut_since);
         let drain = self.drain_rate(now);
         let silent = self.volume.store_silence().is_some();
+        // While the manifest is being changed nobody knows what it says.
+        let snapshots = self.published.as_ref().map(|p| p.manifest.snapshots.len() as u64);
         let trouble_since = &mut self.trouble_since;
         self.volume.update_background(|s| {
             *trouble_since = (silent || s.store_trouble.is_some()).then(|| trouble_since.unwrap_or(now));
             s.store_trouble_secs = trouble_since.map(|t| now.saturating_sub(t).as_secs_f64());
             s.groups = self.applied.0;
             s.checkpoint_group = self.checkpoint_group.0;
+            s.snapshots = snapshots.unwrap_or(s.snapshots);
             s.oldest_pending_secs = oldest.map(|t| now.saturating_sub(t).as_secs_f64());
             s.upload_bytes_per_sec = drain;
         });

@@ -35,6 +35,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
             Some(Command::Grow { size_bytes, reply }) => self.resizes.push_back((size_bytes, reply)),
             Some(Command::CollectGarbage(reply)) => self.gc.order(reply),
+            Some(Command::Flatten(reply)) => self.flatten.order(reply),
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
             Some(Command::Abandon) | None => {
@@ -76,11 +77,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some((name, reply)) = self.deletions.pop_front() else { return };
         let store = self.store.clone();
         self.spawn(async move {
-            let result = snapshots::delete(&*store, &mut published, By::Attachment, &name).await;
-            let done = match result {
-                Err(e) if e.kind() == ErrorKind::Fenced => PublishDone::Fenced(e),
-                result => PublishDone::Changed(result),
-            };
+            let done = PublishDone::of(snapshots::delete(&*store, &mut published, By::Attachment, &name).await);
             Event::Published { published, done, replies: vec![reply] }
         });
     }
@@ -99,7 +96,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let snapshots = self.snapshots.drain(..).map(|s| s.reply);
         let deletions = self.deletions.drain(..).map(|d| d.1);
         let resizes = self.resizes.drain(..).map(|r| r.1);
-        snapshots.chain(deletions).chain(resizes).chain(self.gc.take_orders()).collect()
+        snapshots
+            .chain(deletions)
+            .chain(resizes)
+            .chain(self.gc.take_orders())
+            .chain(self.flatten.take_orders())
+            .collect()
     }
 
     pub(super) fn refuse_orders(&mut self) {

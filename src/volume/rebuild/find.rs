@@ -6,7 +6,7 @@ use super::history::Named;
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, Manifest};
-use crate::store::{Store, Version};
+use crate::store::{Store, Version, list_folder};
 use crate::units::{Epoch, Nonce};
 
 /// The manifest as it was found.
@@ -42,8 +42,7 @@ pub(super) async fn find_manifest(store: &dyn Store, name: &str) -> Result<Found
 /// All chunks that there are, in order of number.
 pub(super) async fn list_chunks(store: &dyn Store, name: &str) -> Result<Vec<Named>> {
     let folder = format!("{}chunks/", manifest::prefix(name));
-    let listed = store.list(&folder, None).await;
-    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let listed = list_folder(store, &folder).await?;
     let parse = |key: &str| key.strip_prefix(&folder).and_then(header::parse_key);
     let mut named: Vec<Named> = listed
         .iter()
@@ -57,8 +56,7 @@ pub(super) async fn list_chunks(store: &dyn Store, name: &str) -> Result<Vec<Nam
 /// Number, epoch and nonce of the checkpoints that there are parts of.
 pub(super) async fn list_checkpoints(store: &dyn Store, name: &str) -> Result<Vec<(u64, Epoch, Nonce)>> {
     let folder = format!("{}checkpoints/", manifest::prefix(name));
-    let listed = store.list(&folder, None).await;
-    let listed = listed.map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
+    let listed = list_folder(store, &folder).await?;
     let parse = |key: &str| {
         let mut fields = key.strip_prefix(&folder)?.split('.').next()?.split('-');
         let mut hex = || u64::from_str_radix(fields.next()?, 16).ok();

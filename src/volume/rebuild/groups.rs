@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Progress;
 use super::history::{Named, Rules};
 use super::report::Lost;
-use crate::chunk::header::{self, ChunkHeader};
+use crate::chunk::header::{self, ChunkHeader, ExtentKind};
 use crate::chunk::reader::fetch_header;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, FirstOwned, Manifest};
@@ -52,6 +52,8 @@ pub(super) struct Assembled {
     pub missing: Vec<Lost>,
     /// A group that was whole once, as a later one says.
     pub relied_on: GroupNo,
+    /// There are blocks that were copied from a parent.
+    pub inherited: bool,
     /// The last group that has all its chunks.
     pub last_whole: GroupNo,
     /// Who has written what was applied, in order.
@@ -132,6 +134,7 @@ pub(super) async fn assemble(
             bad: Vec::new(),
             missing: Vec::new(),
             relied_on: GroupNo(0),
+            inherited: false,
             last_whole: start.group,
             shares: Vec::new(),
             meets_log: packed.is_none_or(|p| p <= start.through),
@@ -191,6 +194,7 @@ impl Assembler<'_> {
             // elsewhere, too. If the map that names it is lost with all copies, the groups that it relies on are not whole.
             self.out.relied_on = self.out.relied_on.max(h.applied_through);
             self.out.end.ignored += 1;
+            self.out.inherited |= h.extents.iter().any(|e| e.kind != ExtentKind::Discard && e.birth.0 == 0);
             return Ok(());
         }
         if self.open.first().is_some_and(|o| o.group != h.group || o.epoch != h.epoch) {

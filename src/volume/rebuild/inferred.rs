@@ -11,7 +11,7 @@ use super::history::{self, Attachment, Named, Rules};
 use super::kept::{self, Kept};
 use super::local::{LocalLog, Standing, judge, log_fate};
 use super::report::{LogFate, MapFrom};
-use super::{COVERED, EPOCH_LEAP, Job, NOWHERE, Outcome, Progress, behind, usage};
+use super::{COVERED, EPOCH_LEAP, Job, NOT_TOLD, NOWHERE, Outcome, Progress, behind, usage};
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, Checkpoint, Manifest, NO_ATTACHMENT};
@@ -85,6 +85,9 @@ impl Job<'_> {
         };
         let mut a = assemble(ground(), named, &rules, told).await?;
         self.one_volume(&a, volume.or(log.map(|l| l.superblock.volume)))?;
+        if a.inherited && copy.is_none() {
+            return Err(Error::new(ErrorKind::Corrupt, NOT_TOLD));
+        }
         if let (Some(l), Some(Standing::Open)) = (log, &standing) {
             let judged = judge(l, &a)?;
             if matches!(judged, Standing::Newest) && a.shares.last().is_some_and(|s| s.last_through > l.packed) {

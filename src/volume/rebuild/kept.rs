@@ -15,11 +15,11 @@ use crate::chunk::header;
 use crate::chunk::pack::map_extents;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::sweep::copies;
+use crate::manifest::images::{load_checkpoint, load_images};
 use crate::manifest::{self, Manifest};
 use crate::map::{BaseImage, GroupExtent, Maps};
 use crate::store::Store;
 use crate::units::{BLOCK, ChunkNo, SECTOR, Seq};
-use crate::volume::images::{load_checkpoint, load_images};
 use crate::volume::recover::{PARALLEL_HEADERS, StoreEnd, checkpoint_end};
 
 /// The volume as of the newest copy of its manifest.
@@ -75,15 +75,22 @@ pub(super) async fn map_of(store: &dyn Store, manifest: Manifest, named: &[Named
     }
 }
 
+/// The map that a volume began with: a clone's is that of the snapshot it was made from, until it has copied all of it.
+///
+/// # Errors
+/// Those of reading that map.
+pub(super) async fn beginning(store: &dyn Store, m: &Manifest) -> Result<BaseImage> {
+    match m.parent() {
+        Some(parent) => Ok(load_checkpoint(store, m, parent.checkpoint.as_ref()).await?.current),
+        None => Ok(BaseImage::empty(m.size_bytes / BLOCK as u64)),
+    }
+}
+
 async fn by_birth(store: &dyn Store, manifest: Manifest, named: &[Named]) -> Result<Kept> {
     let m = &manifest;
     let prefix = manifest::prefix(&m.name);
-    // A clone begins as the snapshot that it was made from.
-    let mut map = match m.parents.first() {
-        Some(parent) => load_checkpoint(store, m, parent.checkpoint.as_ref()).await?.current,
-        None => BaseImage::empty(m.size_bytes / BLOCK as u64),
-    };
-    let until = m.checkpoint.as_ref().map_or(ChunkNo(0), |c| c.last_chunk);
+    let mut map = beginning(store, m).await?;
+    let until = m.last_chunk();
     let rules = Rules::Known { history: m.history.clone(), after: ChunkNo(0), until };
     let mut births: Vec<(Seq, GroupExtent)> = Vec::new();
     let mut bad = Vec::new();

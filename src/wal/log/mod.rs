@@ -92,6 +92,9 @@ pub struct LogStatus {
     pub last_seq: u64,
     /// Everything up to here is in the store.
     pub packed_seq: u64,
+    /// Syncs since the attach that flushes, FUA writes or time asked for, and that succeeded.
+    #[serde(default)]
+    pub syncs: u64,
 }
 
 /// See the module's page.
@@ -105,6 +108,7 @@ pub struct Log {
     flush_target: AtomicU64,
     durable: AtomicU64,
     carried: AtomicU64,
+    syncs: AtomicU64,
     slots_ready: AtomicU32,
     failure: OnceLock<String>,
     pins: Box<[AtomicU32]>,
@@ -163,6 +167,7 @@ impl Log {
             work_wanted: AtomicBool::new(false),
             durable: AtomicU64::new(start.end.0),
             carried: AtomicU64::new(start.end.0),
+            syncs: AtomicU64::new(0),
             slots_ready: AtomicU32::new(start.slots_ready),
             tail: Mutex::new(Tail::new(start, salt)),
             failure: OnceLock::new(),
@@ -249,6 +254,7 @@ impl Log {
             pending_bytes: t.journal_bytes,
             last_seq: t.passed_seq.0,
             packed_seq: t.packed.0,
+            syncs: self.syncs.load(Ordering::Relaxed),
         }
     }
 }

@@ -100,6 +100,7 @@ impl Log {
                 match &result {
                     Ok(()) => {
                         self.durable.fetch_max(reached.0, Ordering::AcqRel);
+                        self.syncs.fetch_add(1, Ordering::Relaxed);
                     }
                     Err(e) => self.sync_failed(e),
                 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -15,9 +16,10 @@ use crate::gc::gather::{Gathered, Ticket, gather, number};
 use crate::gc::scan::{Known, Orphans};
 use crate::gc::sweep::{Rubbish, Swept, leftovers, sweep};
 use crate::gc::usage::Holes;
-use crate::map::Move;
+use crate::map::{BaseImage, Move};
+use crate::store::Store;
 use crate::time::Timer;
-use crate::units::{BLOCK, ChunkNo, GroupNo};
+use crate::units::{ChunkNo, GroupNo};
 use crate::volume::take::WEAK_PAUSE;
 
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
@@ -25,7 +27,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some(m) = self.published.as_ref().map(|p| p.manifest.clone()) else { return };
         let known = self.gc.known.take();
         let mut known = known.unwrap_or_else(|| Box::new(Known::new(of.image.volume_blocks())));
-        let (store, bound) = (self.store.clone(), self.applied_chunk);
+        let (store, bound) = (self.gc.store.clone(), self.applied_chunk);
         self.gc.busy = true;
         self.spawn(async move {
             let result = async {
@@ -49,7 +51,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let kept: HashSet<String> = self.gc.parts.iter().flatten().cloned().collect();
         self.gc.busy = true;
         self.gc.untidy = 0;
-        let (store, timer) = (self.store.clone(), self.timer.clone());
+        let (store, timer) = (self.gc.store.clone(), self.timer.clone());
         self.spawn(async move {
             let result = async {
                 if !m.conditional_writes {
@@ -66,10 +68,21 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     pub(super) fn gather(&mut self, victims: Vec<(ChunkNo, u32)>) {
         let Some(known) = &self.gc.known else { return };
-        let image = known.usage.image().clone();
-        let (store, keys, bodies) = (self.store.clone(), self.reader.keys().clone(), self.bodies.clone());
+        self.read_batch(known.usage.image().clone(), 0, victims, GcDone::Gathered);
+    }
+
+    /// Reads what `image` names of chunks of one source.
+    pub(super) fn read_batch(
+        &mut self,
+        image: BaseImage,
+        source: u8,
+        victims: Vec<(ChunkNo, u32)>,
+        done: fn(Result<Gathered>) -> GcDone,
+    ) {
+        let (keys, bodies) = (self.reader.keys().clone(), self.bodies.clone());
+        let store: Arc<dyn Store> = self.gc.store.clone();
         self.gc.busy = true;
-        self.spawn(async move { Event::Gc(GcDone::Gathered(gather(&store, &keys, &image, &victims, &bodies).await)) });
+        self.spawn(async move { Event::Gc(done(gather(&store, &keys, &image, source, &victims, &bodies).await)) });
     }
 
     pub(in crate::volume::background) fn garbage_done(&mut self, done: GcDone) {
@@ -80,6 +93,14 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             GcDone::Scanned { known, of, result } => self.scanned(known, *of, result, now).err(),
             GcDone::Gathered(result) => result.map(|g| self.gathered(g)).err(),
             GcDone::Swept { result, copied } => result.map(|s| self.swept(s, copied, now)).err(),
+            GcDone::Looked(result) => {
+                let result = result.and_then(|l| self.looked(l));
+                return self.flattened(result);
+            }
+            GcDone::Copied(result) => {
+                let result = result.and_then(|g| self.copied(g));
+                return self.flattened(result);
+            }
         };
         match failed {
             None => {}
@@ -123,12 +144,33 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         Ok(())
     }
 
+    /// A step of flattening has ended.
+    fn flattened(&mut self, result: Result<()>) {
+        match result {
+            Ok(()) => no_trouble(&self.volume),
+            Err(e) if e.kind() == ErrorKind::Fenced => self.fenced(&e),
+            Err(e) => self.end_flatten(&e),
+        }
+    }
+
+    /// Blocks of parents' chunks were read.
+    fn copied(&mut self, mut g: Gathered) -> Result<()> {
+        if let Some((chunk, e)) = g.stuck.pop() {
+            return Err(e.context(format!("copying what is needed of chunk {chunk} of a parent")));
+        }
+        self.gathered(g);
+        Ok(())
+    }
+
     fn gathered(&mut self, g: Gathered) {
         let gc = &mut self.gc;
         no_trouble(&self.volume);
         gc.told.gc_read_bytes += g.read_bytes;
         if let Some(known) = &mut gc.known {
-            g.stuck.iter().for_each(|n| known.usage.set_stuck(*n));
+            for (chunk, e) in &g.stuck {
+                tracing::error!("garbage collection leaves chunk {chunk} as it is: {e}");
+                known.usage.set_stuck(*chunk);
+            }
             g.were_empty.iter().for_each(|n| known.usage.set_holes(*n, Holes::None));
         }
         gc.emptying = g.emptied.into_iter().filter(|n| !g.were_empty.contains(n)).collect();
@@ -188,6 +230,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.applied_chunk = self.applied_chunk.max(c.header.chunk);
             self.gc.note_chunk(&c.header);
             self.gc.told.gc_written_bytes += c.body.len() as u64;
+            self.gc.chunks_written += 1;
         }
         // What stood behind it did not take so long itself.
         self.last_retired = self.timer.now();
@@ -212,6 +255,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         // One that could not be deleted waits once more.
         let grace = self.volume.gc.grace;
         gc.orphans.iter_mut().filter(|o| now.saturating_sub(o.0) >= grace).for_each(|o| o.0 = now);
+        gc.told.gc_deleted_chunks += s.chunks.len() as u64;
         gc.told.gc_deleted_objects += (s.chunks.len() + s.others.len()) as u64;
         if let Some(known) = &mut gc.known {
             s.chunks.iter().for_each(|n| known.usage.remove(*n));
@@ -230,12 +274,15 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     fn tell_space(&mut self) {
-        let bytes = |blocks: u64| blocks * BLOCK as u64;
-        let (s, told) = (self.gc.space, &mut self.gc.told);
-        told.stored_bytes = bytes(s.stored);
-        told.live_bytes = bytes(s.live);
-        told.snapshot_bytes = bytes(s.held);
-        told.garbage_bytes = bytes(s.garbage);
+        let (bytes, told) = (self.gc.space.in_bytes(), &mut self.gc.told);
+        told.logical_bytes = bytes.logical;
+        told.mapped_bytes = bytes.mapped;
+        told.shared_bytes = bytes.shared;
+        told.stored_bytes = bytes.stored;
+        told.live_bytes = bytes.live;
+        told.snapshot_bytes = bytes.held;
+        told.garbage_bytes = bytes.garbage;
+        told.gc_requests = self.gc.store.snapshot().total_requests() + self.gc.chunks_written;
         let told = *told;
         self.volume.update_background(|b| b.space = Some(told));
     }

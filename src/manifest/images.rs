@@ -2,10 +2,10 @@
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
+use super::{Checkpoint, Image, Manifest};
 use crate::checksum::sha256_hex;
 use crate::codec::CodecError;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::{Checkpoint, Image, Manifest};
 use crate::map::checkpoint::{Expect, Ident, Part, PartKind, decode_part};
 use crate::map::{BaseImage, ImageBuilder};
 use crate::store::Store;
@@ -25,7 +25,7 @@ pub(crate) struct Images {
 ///
 /// # Errors
 /// `Corrupt` for a part that is missing or is not what the manifest says; the store's.
-pub(super) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Images> {
+pub(crate) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Images> {
     load_checkpoint(store, m, m.checkpoint.as_ref()).await
 }
 
@@ -40,18 +40,46 @@ pub(crate) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&
         let empty = BaseImage::empty(blocks);
         return Ok(Images { full: empty.clone(), current: empty });
     };
-    let bad = |e: CodecError| Error::from(e).context("joining the checkpoint's parts");
     let mut builder = ImageBuilder::new(blocks);
     for part in load_parts(store, m, &c.full, PartKind::Full).await? {
         builder.full_part(part).map_err(bad)?;
     }
     let full = builder.finish().map_err(bad)?;
-    let Some(delta) = &c.delta else { return Ok(Images { current: full.clone(), full }) };
+    over(store, m, full, c.delta.as_ref()).await
+}
+
+/// The map that the manifest names, beside another state of the same volume, which was read already: what both have is not read
+/// again, and takes no memory of its own.
+///
+/// # Errors
+/// As [`load_images`].
+pub(crate) async fn load_beside(
+    store: &dyn Store,
+    m: &Manifest,
+    known: Option<(&Checkpoint, &Images)>,
+) -> Result<Images> {
+    match (&m.checkpoint, known) {
+        (Some(c), Some((k, images)))
+            if c.full == k.full && images.full.volume_blocks() == m.size_bytes / BLOCK as u64 =>
+        {
+            over(store, m, images.full.clone(), c.delta.as_ref()).await
+        }
+        _ => load_images(store, m).await,
+    }
+}
+
+/// A whole image, and its delta laid over it.
+async fn over(store: &dyn Store, m: &Manifest, full: BaseImage, delta: Option<&Image>) -> Result<Images> {
+    let Some(delta) = delta else { return Ok(Images { current: full.clone(), full }) };
     let mut builder = ImageBuilder::over(full.clone());
     for part in load_parts(store, m, delta, PartKind::Delta).await? {
         builder.delta_part(part).map_err(bad)?;
     }
     Ok(Images { current: builder.finish().map_err(bad)?, full })
+}
+
+fn bad(e: CodecError) -> Error {
+    Error::from(e).context("joining the checkpoint's parts")
 }
 
 async fn load_parts(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKind) -> Result<Vec<Part>> {
@@ -63,7 +91,7 @@ async fn load_parts(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKi
 }
 
 /// The key of an image's part.
-pub(super) fn part_at(m: &Manifest, image: &Image, i: usize) -> String {
+pub(crate) fn part_at(m: &Manifest, image: &Image, i: usize) -> String {
     let prefix = m.source(image.source).map(|s| s.prefix()).unwrap_or_default();
     format!("{prefix}{}", image.parts[i].key)
 }
@@ -98,7 +126,7 @@ async fn load_part(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKin
 ///
 /// # Errors
 /// The store's, and those of a newer program's parts.
-pub(super) async fn damaged_parts(store: &dyn Store, m: &Manifest) -> Result<Vec<(String, Error)>> {
+pub(crate) async fn damaged_parts(store: &dyn Store, m: &Manifest) -> Result<Vec<(String, Error)>> {
     let Some(c) = &m.checkpoint else { return Ok(Vec::new()) };
     let images = [Some((&c.full, PartKind::Full)), c.delta.as_ref().map(|d| (d, PartKind::Delta))];
     let mut bad = Vec::new();

@@ -1,0 +1,100 @@
+//! What takes its time and is done by whoever has the volume attached: its daemon on this host, or this process for as long as it takes.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::oneshot::error::TryRecvError;
+
+use super::claim::{attached_here, take};
+use super::control::{self, Order};
+use super::engine::{AttachOptions, Attached, Collect, View};
+use super::pause;
+use super::place::{DEFAULT_WAL, absolute, wal_file};
+use super::settings::Settings;
+use super::state::RunDir;
+use crate::config::VolumeName;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Between two looks at what a daemon was ordered to do.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Has the volume's daemon do it, if it is attached on this host, and waits for the end. `false`: it is not.
+///
+/// # Errors
+/// The order's own, and when the daemon cannot be asked.
+pub(super) fn ordered(settings: &Settings, volume: &VolumeName, order: &Order) -> Result<bool> {
+    ordered_telling(settings, volume, order, &mut |_| ())
+}
+
+/// The same, with something to be done while one waits; it is given the daemon's socket.
+///
+/// # Errors
+/// As [`ordered`].
+pub(super) fn ordered_telling(
+    settings: &Settings,
+    volume: &VolumeName,
+    order: &Order,
+    meanwhile: &mut dyn FnMut(&Path),
+) -> Result<bool> {
+    if attached_here(settings, volume)?.is_none() {
+        return Ok(false);
+    }
+    let socket = RunDir::at(&settings.run_dir).socket_path(volume)?;
+    let asking = |e: Error| e.context(format!("volume {volume}, attached on this host"));
+    let job = control::order(&socket, order).map_err(asking)?;
+    while !control::is_done(&socket, job).map_err(asking)? {
+        meanwhile(&socket);
+        pause(LOOK);
+    }
+    Ok(true)
+}
+
+/// Attaches the volume for as long as it takes. A log of this host's that has something for it is uploaded on the way.
+/// Returns its status after that. `meanwhile` is called now and then.
+///
+/// # Errors
+/// Those of attaching and detaching, and the order's own.
+pub(super) fn offline(
+    settings: &Settings,
+    volume: &VolumeName,
+    wal_dir: Option<&Path>,
+    order: &Order,
+    meanwhile: &mut dyn FnMut(&View),
+) -> Result<Value> {
+    let run = RunDir::create(&settings.run_dir)?;
+    let _held = take(&run, volume)?;
+    let dir = wal_dir.map_or_else(|| settings.data_dir.join("wal"), Path::to_path_buf);
+    let attached = Attached::attach(AttachOptions {
+        store_url: settings.store.clone(),
+        store_options: settings.store_options.clone(),
+        volume: volume.to_string(),
+        log_path: wal_file(&absolute(&dir)?, volume)?,
+        log_bytes: DEFAULT_WAL.0,
+        force: false,
+        read_only: false,
+        io_timeout: None,
+        resume: false,
+        accept_loss: false,
+        gc: Collect::default(),
+        guard_memory: false,
+    })?;
+    let view = attached.view();
+    let done = view.order(order).and_then(|mut answer| {
+        loop {
+            match answer.try_recv() {
+                Ok(done) => return done,
+                Err(TryRecvError::Empty) => meanwhile(&view),
+                Err(TryRecvError::Closed) => {
+                    let what = "the volume's background has ended before it was done";
+                    return Err(Error::new(ErrorKind::Internal, what));
+                }
+            }
+            pause(LOOK);
+        }
+    });
+    let status = view.status();
+    attached.detach()?;
+    done?;
+    status
+}

@@ -1,0 +1,118 @@
+//! Snapshots and clones as commands: two processes at once, and a clone that comes to stand alone.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        // Not on a memory file system: a log wants O_DIRECT.
+        Self { dir: tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("dir") }
+    }
+
+    fn command(&self, args: &str) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_vb-ublk"));
+        c.args(args.split(' '))
+            .env_clear()
+            .env("VB_UBLK_DATA_DIR", self.dir.path().join("data"))
+            .env("VB_UBLK_RUN_DIR", self.dir.path().join("run"))
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        c
+    }
+
+    fn ok(&self, args: &str) -> String {
+        let out = self.command(args).output().expect("started");
+        assert!(out.status.success(), "{args}: {out:?}");
+        String::from_utf8(out.stdout).expect("text")
+    }
+
+    fn fails(&self, args: &str) -> String {
+        let out = self.command(args).output().expect("started");
+        assert_eq!(out.status.code(), Some(1), "{args}: {out:?}");
+        String::from_utf8(out.stderr).expect("text")
+    }
+
+    fn at_once(&self, both: [&str; 2]) -> [Output; 2] {
+        let started = both.map(|args| self.command(args).spawn().expect("started"));
+        started.map(|child| child.wait_with_output().expect("ended"))
+    }
+
+    fn volumes(&self) -> String {
+        self.ok("volume list")
+    }
+}
+
+#[test]
+fn of_a_clone_and_a_deletion_by_two_processes_at_most_one_succeeds() {
+    let b = Bench::new();
+    b.ok("volume create v --size 1M");
+    let (mut cloned, mut deleted) = (0, 0);
+    for round in 0..16 {
+        b.ok("snapshot create v s");
+        let commands = ["clone v@s c", "snapshot delete v s"];
+        // Who is started first has the better chance.
+        let [a, z] = if round % 2 == 0 {
+            b.at_once(commands)
+        } else {
+            let [z, a] = b.at_once([commands[1], commands[0]]);
+            [a, z]
+        };
+        let (made, gone) = (a.status.success(), z.status.success());
+        assert!(!(made && gone), "round {round}: {a:?} {z:?}");
+        assert_eq!(b.volumes().contains('c'), made, "round {round}: {a:?} {z:?}");
+        assert_eq!(b.ok("snapshot list v").contains("s "), !gone, "round {round}: {a:?} {z:?}");
+        (cloned, deleted) = (cloned + u32::from(made), deleted + u32::from(gone));
+        if made {
+            let refused = b.fails("snapshot delete v s");
+            assert!(refused.contains("c was made from it"), "{refused}");
+            let refused = b.fails("volume delete v");
+            assert!(refused.contains("c was made from it"), "{refused}");
+            b.ok("volume delete c");
+        }
+        if !gone {
+            b.ok("snapshot delete v s");
+        }
+    }
+    println!("{cloned} clones were made, {deleted} snapshots were deleted");
+    b.ok("volume delete v");
+}
+
+#[test]
+fn a_clone_is_flattened_and_its_parent_deleted() {
+    let b = Bench::new();
+    let image = b.dir.path().join("image");
+    let content: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(&image, &content).expect("image");
+    b.ok("import image --volume v");
+    let refused = b.command("volume flatten v").output().expect("started");
+    assert!(
+        refused.status.code() == Some(2) && String::from_utf8_lossy(&refused.stderr).contains("is no clone"),
+        "{refused:?}"
+    );
+    b.ok("snapshot create v s");
+    b.ok("clone v@s c");
+    b.ok("clone v@s d");
+    b.ok("snapshot create c own");
+    let refused = b.fails("volume flatten c");
+    assert!(refused.contains("need what it was cloned from, too: own"), "{refused}");
+    b.ok("snapshot delete c own");
+    let said = b.ok("volume flatten c");
+    assert!(said.contains("stands alone"), "{said}");
+    let refused = b.fails("volume delete v");
+    assert!(refused.contains("d was made from it"), "{refused}");
+    assert_eq!(b.ok("volume flatten d --json").trim(), "{\n  \"flattened\": true,\n  \"volume\": \"d\"\n}");
+    b.ok("snapshot delete v s");
+    b.ok("volume delete v");
+    assert_eq!(b.volumes(), "c\nd\n");
+    for v in ["c", "d"] {
+        b.ok(&format!("volume verify {v}"));
+        b.ok(&format!("export {v} {v}.img"));
+        assert!(std::fs::read(b.dir.path().join(format!("{v}.img"))).expect("image") == content, "{v}");
+    }
+}

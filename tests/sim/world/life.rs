@@ -1,0 +1,170 @@
+//! One life of a volume: it is attached, judged by what is found, and works.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{join_all, select};
+use vb_ublk::disk::file::DataFile;
+use vb_ublk::error::{ErrorKind, Result};
+use vb_ublk::manifest::{Published, Writer};
+use vb_ublk::store::Store;
+use vb_ublk::time::Timer;
+use vb_ublk::units::Nonce;
+use vb_ublk::volume::Volume;
+use vb_ublk::volume::attach::{Attached, OpenLog, Request, Stores, attach};
+use vb_ublk::volume::engine::Engine;
+use vb_ublk::volume::host::{keep_log, serve_reads};
+use vb_ublk::volume::lane::VolumeLane;
+use vb_ublk::volume::resume::resume;
+use vb_ublk::wal::create::SuperblockFile;
+use vb_ublk::wal::log::Geometry;
+
+use super::{Lane, Load, SECTORS, Shared, log_bytes, stamps};
+use crate::clock::SimClock;
+use crate::machine::{SimDisk, Spawner};
+use crate::oracle::After;
+use crate::support_rng::Rng;
+
+/// What a life needs.
+pub(super) struct Life {
+    pub(super) geometry: Geometry,
+    pub(super) me: u32,
+    pub(super) shared: Rc<Shared>,
+    pub(super) disk: SimDisk,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) file: Arc<DataFile>,
+    pub(super) clock: SimClock,
+    pub(super) spawner: Spawner,
+    pub(super) force: bool,
+    /// Go on from the log.
+    pub(super) resume: bool,
+    pub(super) after: Option<After>,
+    pub(super) load: Load,
+    /// See [`World::life_without_marks`].
+    pub(super) without_marks: bool,
+    /// Its state was found to keep the rule.
+    pub(super) judged: Rc<Cell<bool>>,
+}
+
+impl Life {
+    /// The next write or sync of the log's disk fails.
+    pub(super) fn break_disk(&self) {
+        let shared = &self.shared;
+        shared.broken.set(true);
+        shared.saw(|s| s.broken += 1);
+        if shared.below(2) == 0 { self.disk.fail_next_write() } else { self.disk.fail_next_sync() }
+    }
+
+    /// As often as it takes: what a dead process has sent may land at any time and look like another host.
+    async fn attach(&self) -> Attached<SimDisk, SimClock> {
+        for _ in 0..20 {
+            match self.try_attach().await {
+                Err(e) if matches!(e.kind(), ErrorKind::Fenced | ErrorKind::Conflict) => {
+                    self.shared.saw(|s| s.again += 1);
+                }
+                attached => return attached.expect("attached"),
+            }
+        }
+        panic!("twenty attaches have lost a race against nobody");
+    }
+
+    async fn try_attach(&self) -> Result<Attached<SimDisk, SimClock>> {
+        let superblock = SuperblockFile::load(&self.disk, log_bytes(self.geometry)).await?;
+        let mut salts = Rng(self.shared.rng.borrow_mut().next());
+        let log = OpenLog {
+            file: self.file.clone(),
+            disk: self.disk.clone(),
+            superblock,
+            geometry: self.geometry,
+            salt: Box::new(move || salts.next()),
+        };
+        let request = Request {
+            force: self.force,
+            read_only: false,
+            io_timeout: None,
+            gc: self.shared.gc.clone(),
+            writer: Writer { host: "sim".into(), pid: 1, since: 1 },
+            nonce: Nonce(self.shared.rng.borrow_mut().next()),
+        };
+        let stores = Stores { attach: self.store.clone(), background: self.store.clone() };
+        if self.resume {
+            return resume(stores, "v", log, self.clock.clone(), request).await;
+        }
+        let published = Published::load(&*self.store, "v").await?;
+        attach(stores, published, log, self.clock.clone(), request).await
+    }
+
+    fn lane(&self, volume: &Arc<Volume>) -> Rc<Lane> {
+        let lane = VolumeLane::new(volume.clone(), self.disk.clone(), self.clock.clone());
+        lane.clone().tasks().into_iter().for_each(|t| self.spawner.spawn(t));
+        let sealer = lane.clone();
+        self.spawner.when_idle(move || sealer.seal());
+        lane
+    }
+}
+
+/// Before the store has been asked, perhaps: writes and flushes, without a look at what is there.
+async fn early(life: &Life, lanes: &[Rc<Lane>], volume: &Volume) {
+    let shared = &life.shared;
+    let workers = lanes.iter().map(|lane| async move {
+        for _ in 0..shared.below(8) {
+            if !volume.is_confirmed() {
+                shared.saw(|s| s.resumed += 1);
+            }
+            let done = if shared.below(4) == 0 { shared.flush(lane).await } else { shared.write(lane).await };
+            if let Err(e) = done {
+                assert!(shared.broken.get(), "nothing fails here, and this did: {e}");
+                return;
+            }
+        }
+    });
+    join_all(workers).await;
+}
+
+pub(super) async fn live(life: Life) {
+    let shared = &life.shared;
+    let Attached { volume, background, reads, reader } = life.attach().await;
+    life.spawner.spawn(background.run());
+    life.spawner.spawn(serve_reads(reads, reader));
+    life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
+    let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
+    if life.resume {
+        // Whoever meets it, a lane or who takes the volume, has to tell the others.
+        if life.load.breaks && shared.below(2) == 0 {
+            life.break_disk();
+        }
+        early(&life, &lanes, &volume).await;
+        if shared.broken.get() {
+            // What failed now is in doubt until the next life: nothing is to be judged yet.
+            return;
+        }
+    }
+    let found = stamps(&lanes[0], 0, SECTORS).await.expect("all can be read");
+    if let Some(after) = life.after {
+        let verdict = shared.oracle.borrow_mut().judge(after, &found);
+        verdict.unwrap_or_else(|e| panic!("{e}"));
+        shared.saw(|s| s.judged += 1);
+    }
+    if shared.owner.replace(Some(life.me)) != Some(life.me) {
+        // What the other host has in flight is in nobody's way any more.
+        shared.busy.borrow_mut().clear();
+    }
+    life.judged.set(true);
+    let workers = (0..life.load.workers).flat_map(|_| &lanes);
+    let work = join_all(workers.map(|lane| shared.work(&life, lane, &volume)));
+    if life.without_marks {
+        life.disk.hold_superblock();
+        select(std::pin::pin!(work), std::pin::pin!(life.clock.sleep(Duration::from_secs(60)))).await;
+    } else {
+        work.await;
+    }
+    let told = volume.status().background;
+    let space = told.space.unwrap_or_default();
+    shared.saw(|s| {
+        s.groups += told.groups;
+        s.deleted += space.gc_deleted_objects;
+        s.moved += space.gc_written_bytes >> 12;
+    });
+}

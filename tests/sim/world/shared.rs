@@ -1,0 +1,226 @@
+//! What all lives of a volume share: what was asked of it, and what is known of that.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vb_ublk::disk::IoBuf;
+use vb_ublk::error::{ErrorKind, Result};
+use vb_ublk::gc::Policy;
+use vb_ublk::store::Store;
+use vb_ublk::time::Timer;
+use vb_ublk::units::{Lba, SECTOR};
+use vb_ublk::volume::engine::{Engine, IoFault};
+use vb_ublk::volume::{Command, Volume};
+
+use super::life::Life;
+use super::{Lane, Outcome, SECTORS, Seen, content, stamps};
+use crate::clone;
+use crate::oracle::Oracle;
+use crate::support_rng::Rng;
+
+/// Sectors that a request in flight touches.
+#[derive(Clone, Copy)]
+pub(super) struct Range {
+    pub(super) number: u64,
+    pub(super) lba: u64,
+    pub(super) sectors: u64,
+}
+
+pub(super) struct Shared {
+    pub(super) rng: RefCell<Rng>,
+    pub(super) oracle: RefCell<Oracle>,
+    /// What requests in flight touch.
+    pub(super) busy: RefCell<Vec<Range>>,
+    pub(super) next_range: Cell<u64>,
+    /// The host whose requests count; none while another is taking the volume over.
+    pub(super) owner: Cell<Option<u32>>,
+    /// Whether the disk of the present life has failed: from then on writes and flushes may fail.
+    pub(super) broken: Cell<bool>,
+    pub(super) seen: Cell<Seen>,
+    pub(super) gc: Policy,
+    /// By name: what a snapshot has to hold, where it is known.
+    pub(super) snapshots: RefCell<BTreeMap<String, Option<Vec<u64>>>>,
+    /// The store without its troubles, of a world whose volume began as a clone.
+    pub(super) cloned_in: Option<Arc<dyn Store>>,
+}
+
+impl Shared {
+    pub(super) fn below(&self, n: u64) -> u64 {
+        self.rng.borrow_mut().below(n)
+    }
+
+    pub(super) fn saw(&self, what: impl FnOnce(&mut Seen)) {
+        let mut seen = self.seen.get();
+        what(&mut seen);
+        self.seen.set(seen);
+    }
+
+    /// A range that no request in flight touches.
+    pub(super) fn range(&self) -> Option<Range> {
+        let sectors = match self.below(4) {
+            0 => 1 + self.below(7),
+            1 => 8,
+            _ => 1 + self.below(48),
+        };
+        let mut lba = self.below(SECTORS - sectors);
+        if self.below(2) == 0 {
+            lba -= lba % 8;
+        }
+        let free = self.busy.borrow().iter().all(|r| r.lba + r.sectors <= lba || lba + sectors <= r.lba);
+        let range = Range { number: self.next_range.replace(self.next_range.get() + 1), lba, sectors };
+        free.then(|| self.busy.borrow_mut().push(range))?;
+        Some(range)
+    }
+
+    pub(super) fn release(&self, range: Range) {
+        self.busy.borrow_mut().retain(|r| r.number != range.number);
+    }
+
+    pub(super) async fn write(&self, lane: &Lane) -> Outcome<()> {
+        let Some(range) = self.range() else { return Ok(()) };
+        let Range { lba, sectors, .. } = range;
+        let (kind, fua) = (self.below(6), self.below(6) == 0);
+        let kind = if self.oracle.borrow().in_doubt(lba, sectors) { kind.max(2) } else { kind };
+        let id = self.oracle.borrow_mut().issue(lba, sectors, kind < 2);
+        match kind {
+            0 => lane.discard(Lba(lba), sectors, fua).await?,
+            1 => lane.write_zeroes(Lba(lba), sectors, fua).await?,
+            _ => {
+                let buf = IoBuf::zeroed(sectors as usize * SECTOR);
+                (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(id as u64 + 1, lba + s)));
+                lane.write(Lba(lba), buf, fua).await?;
+            }
+        }
+        self.oracle.borrow_mut().complete(id, fua);
+        self.release(range);
+        Ok(())
+    }
+
+    pub(super) async fn read(&self, lane: &Lane, me: u32) -> Outcome<()> {
+        let Some(range) = self.range() else { return Ok(()) };
+        let Range { lba, sectors, .. } = range;
+        let found = stamps(lane, lba, sectors).await?;
+        // Another host may have taken over meanwhile, and have written.
+        for (s, stamp) in (lba..).zip(found).filter(|_| self.owner.get() == Some(me)) {
+            assert_eq!(stamp, self.oracle.borrow().expected(s), "sector {s} while it lives");
+        }
+        self.release(range);
+        Ok(())
+    }
+
+    pub(super) async fn flush(&self, lane: &Lane) -> Outcome<()> {
+        let covered = self.oracle.borrow().completed();
+        lane.flush().await?;
+        self.oracle.borrow_mut().mark(&covered, |w| w.durable = true);
+        Ok(())
+    }
+
+    pub(super) async fn drain(&self, volume: &Volume, me: u32) -> Outcome<()> {
+        let covered = self.oracle.borrow().completed();
+        if volume.command(Command::Drain).await.is_err() {
+            return Err(IoFault::Gone);
+        }
+        // While another host takes over, what this one uploads may come too late, and it does not know yet.
+        if self.owner.get() == Some(me) {
+            self.oracle.borrow_mut().mark(&covered, |w| w.drained = true);
+            self.saw(|s| s.drained += 1);
+        }
+        Ok(())
+    }
+
+    /// Has the clone stand alone. Its parent is deleted at once then.
+    pub(super) async fn flatten(&self, volume: &Volume, store: &Arc<dyn Store>) -> Result<()> {
+        match volume.command(Command::Flatten).await {
+            Ok(()) => {
+                clone::delete_parent(store);
+                self.saw(|s| s.alone += 1);
+                Ok(())
+            }
+            // Its own snapshots are of the time before.
+            Err(e) if e.kind() == ErrorKind::Busy => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Makes a snapshot, deletes one, or has the garbage collected.
+    pub(super) async fn keep_house(&self, volume: &Volume, me: u32, alone: bool) -> Outcome<()> {
+        let name = format!("s{}", self.below(6));
+        let there = self.snapshots.borrow().contains_key(&name);
+        let done = match (self.below(3), &self.cloned_in) {
+            (0, Some(store)) if self.below(2) == 0 => self.flatten(volume, store).await,
+            (0, _) => volume.command(Command::CollectGarbage).await,
+            _ if there => {
+                // Whatever comes of it: it may be gone from now on.
+                self.snapshots.borrow_mut().remove(&name);
+                volume.command(|reply| Command::DeleteSnapshot { name, reply }).await
+            }
+            _ => {
+                let now: Vec<u64> = (0..SECTORS).map(|s| self.oracle.borrow().expected(s)).collect();
+                let done = volume.command(|reply| Command::Snapshot { name: name.clone(), created: 1, reply }).await;
+                if done.is_ok() && self.owner.get() == Some(me) {
+                    self.snapshots.borrow_mut().insert(name, alone.then_some(now));
+                }
+                done
+            }
+        };
+        match done {
+            Err(e) if self.owner.get() != Some(me) || volume.is_gone() => {
+                let _ = e;
+                Err(IoFault::Gone)
+            }
+            // One that was made by a process that did not live to hear of it.
+            Err(e) if e.kind() == ErrorKind::Exists || e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => panic!("{e}"),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// What a host that has lost the volume still does: none of it may ever show.
+    pub(super) async fn haunt(&self, lane: &Lane) {
+        let (lba, sectors) = (self.below(SECTORS - 8), 1 + self.below(8));
+        let buf = IoBuf::zeroed(sectors as usize * SECTOR);
+        (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(u64::MAX, lba + s)));
+        let fua = self.below(4) == 0;
+        if lane.write(Lba(lba), buf, fua).await.is_err() {
+            self.saw(|s| s.stopped += 1);
+        }
+    }
+
+    pub(super) async fn work(&self, life: &Life, lane: &Lane, volume: &Volume) {
+        let (me, clock) = (life.me, &life.clock);
+        for _ in 0..life.load.requests {
+            if life.load.breaks && self.below(60) == 0 {
+                life.break_disk();
+            }
+            if self.owner.get().is_some_and(|o| o != me) {
+                self.haunt(lane).await;
+                continue;
+            }
+            if self.gc.enabled && self.below(14) == 0 {
+                // What failed is in doubt.
+                let alone = life.load.workers == 1 && life.load.lanes == 1 && !self.broken.get();
+                if let Err(e) = self.keep_house(volume, me, alone).await {
+                    let may = self.broken.get() || self.owner.get() != Some(me);
+                    assert!(may, "nothing fails here, and this did: {e}");
+                }
+                continue;
+            }
+            let done = match self.below(32) {
+                0 => self.drain(volume, me).await,
+                1 => {
+                    clock.sleep(Duration::from_millis(self.below(8000))).await;
+                    Ok(())
+                }
+                2..4 => self.flush(lane).await,
+                4..12 => self.read(lane, me).await,
+                _ => self.write(lane).await,
+            };
+            if let Err(e) = done {
+                let may = self.broken.get() || self.owner.get() != Some(me);
+                assert!(may, "nothing fails here, and this did: {e}");
+            }
+        }
+    }
+}
