@@ -116,3 +116,44 @@ fn a_clone_is_flattened_and_its_parent_deleted() {
         assert!(std::fs::read(b.dir.path().join(format!("{v}.img"))).expect("image") == content, "{v}");
     }
 }
+
+/// What a deletion has left that was cut short is of the volume that it was of.
+#[test]
+fn no_volume_is_made_over_what_is_left_of_another() {
+    let b = Bench::new();
+    std::fs::write(b.dir.path().join("image"), [7; 1 << 20]).expect("image");
+    b.ok("import image --volume v");
+    b.ok("volume create w --size 1M");
+    b.ok("snapshot create w s");
+    std::fs::remove_file(b.dir.path().join("data/store/v/manifest.json")).expect("the manifest");
+    for again in ["volume create v --size 1M", "clone w@s v", "import image --volume v"] {
+        let refused = b.fails(again);
+        assert!(refused.contains("without a manifest") && refused.contains("volume delete v"), "{again}: {refused}");
+    }
+    b.ok("volume delete v");
+    b.ok("clone w@s v");
+    assert_eq!(b.volumes(), "v\nw\n");
+}
+
+/// The log is where `add` would have it, so that the next `add` finds its own.
+#[test]
+fn collecting_uses_the_volumes_own_log() {
+    let b = Bench::new();
+    b.ok("volume create v --size 1M");
+    let run = |args: &str| {
+        let out = b.command(args).env("VB_UBLK_WAL_DIR", b.dir.path().join("logs")).output().expect("started");
+        assert!(out.status.success(), "{args}: {out:?}");
+    };
+    run("gc v");
+    let log = |path: &str| b.dir.path().join(path).exists();
+    assert!(log("logs/v.wal") && !log("data/wal"));
+    b.ok("gc v --wal-dir there");
+    assert!(log("there/v.wal") && !log("data/wal"));
+    let refused = b.command("gc v --wal-device /dev/nothing").output().expect("started");
+    assert!(
+        !refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("/dev/nothing"),
+        "{refused:?}"
+    );
+    let refused = b.command("gc v --dry-run --wal-dir there").output().expect("started");
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}

@@ -6,7 +6,7 @@ use super::args::{AddArgs, MAX_QUEUES};
 use super::claim::take;
 use super::engine::{self, AttachOptions, Collect, CreateOptions, DeviceSpec};
 use super::output::print;
-use super::place::{DEFAULT_WAL, absolute, not_on_ublk, wal_device, wal_file};
+use super::place::{DEFAULT_WAL, log_at, not_on_ublk};
 use super::recover;
 use super::serve::{self, Plan, Told};
 use super::settings::{LogPlace, Settings};
@@ -93,9 +93,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         return Err(Error::new(ErrorKind::Usage, what));
     }
     spec.check()?;
-    let place = LogPlace::of(args.wal_dir.clone(), args.wal_device.clone())
-        .or_else(|| defaults.log.clone())
-        .unwrap_or_else(|| LogPlace::Dir(settings.data_dir.join("wal")));
+    let place = settings.log_place(LogPlace::of(args.wal_dir.clone(), args.wal_device.clone()));
     if let (LogPlace::Device(device), true) = (&place, is_snapshot) {
         let what = format!("{} as a log: {volume} is a snapshot, which needs none", device.display());
         return Err(Error::new(ErrorKind::Usage, what));
@@ -124,10 +122,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
     if let StoreUrl::File { root } = &settings.store {
         not_on_ublk("the store", root)?;
     }
-    let (log_path, log_bytes) = match &place {
-        LogPlace::Device(device) => (absolute(device)?, wal_device(device)?),
-        LogPlace::Dir(dir) => (wal_file(&absolute(dir)?, volume)?, wal_size.0),
-    };
+    let (log_path, log_bytes) = log_at(&place, volume, wal_size)?;
     let daemon_log = (!args.foreground).then(|| run.log_path(volume));
     let attach = AttachOptions {
         store_url: settings.store.clone(),

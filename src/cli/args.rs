@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
 pub(crate) use store::{
-    CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, RebuildArgs, SnapshotCommand, VolumeCommand, WalCommand,
+    CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, LogArgs, RebuildArgs, SnapshotCommand, VolumeCommand,
+    WalCommand,
 };
 
 use crate::config::{ByteSize, VolumeName};

@@ -32,7 +32,7 @@ pub(super) fn run(settings: &Settings, args: &GcArgs) -> Result<()> {
         control::status(&RunDir::at(&settings.run_dir).socket_path(&args.volume)?)?["engine"]["background"]["space"]
             .clone()
     } else {
-        offline(settings, &args.volume, args.wal_dir.as_deref(), &Order::CollectGarbage, &mut |_| ())?["background"]["space"].take()
+        offline(settings, &args.volume, &args.log, &Order::CollectGarbage, &mut |_| ())?["background"]["space"].take()
     };
     if args.json.json {
         return print_json(&json!({ "volume": name, "space": space }));

@@ -25,8 +25,7 @@ pub(super) fn run(settings: &Settings, args: &FlattenArgs) -> Result<()> {
         if here {
             return Ok(());
         }
-        offline(settings, volume, args.wal_dir.as_deref(), &Order::Flatten, &mut |view| tell(&|| view.status()))
-            .map(drop)
+        offline(settings, volume, &args.log, &Order::Flatten, &mut |view| tell(&|| view.status())).map(drop)
     });
     line.clear();
     done?;

@@ -6,11 +6,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::oneshot::error::TryRecvError;
 
+use super::args::LogArgs;
 use super::claim::{attached_here, take};
 use super::control::{self, Order};
 use super::engine::{AttachOptions, Attached, Collect, View};
 use super::pause;
-use super::place::{DEFAULT_WAL, absolute, wal_file};
+use super::place::{DEFAULT_WAL, log_at};
 use super::settings::Settings;
 use super::state::RunDir;
 use crate::config::VolumeName;
@@ -58,19 +59,21 @@ pub(super) fn ordered_telling(
 pub(super) fn offline(
     settings: &Settings,
     volume: &VolumeName,
-    wal_dir: Option<&Path>,
+    log: &LogArgs,
     order: &Order,
     meanwhile: &mut dyn FnMut(&View),
 ) -> Result<Value> {
     let run = RunDir::create(&settings.run_dir)?;
     let _held = take(&run, volume)?;
-    let dir = wal_dir.map_or_else(|| settings.data_dir.join("wal"), Path::to_path_buf);
+    // The daemon's own: another would leave that one as an older attachment's.
+    let place = settings.log_place(log.place());
+    let (log_path, log_bytes) = log_at(&place, volume, settings.add.wal_size.unwrap_or(DEFAULT_WAL))?;
     let attached = Attached::attach(AttachOptions {
         store_url: settings.store.clone(),
         store_options: settings.store_options.clone(),
         volume: volume.to_string(),
-        log_path: wal_file(&absolute(&dir)?, volume)?,
-        log_bytes: DEFAULT_WAL.0,
+        log_path,
+        log_bytes,
         force: false,
         read_only: false,
         io_timeout: None,

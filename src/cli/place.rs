@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::engine;
 use super::layers::ublk_below;
+use super::settings::LogPlace;
 use crate::config::{ByteSize, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -54,6 +55,14 @@ pub(super) fn wal_folder(dir: &Path) -> Result<()> {
 pub(super) fn wal_file(dir: &Path, volume: &VolumeName) -> Result<PathBuf> {
     wal_folder(dir)?;
     Ok(dir.join(format!("{volume}.wal")))
+}
+
+/// The log's path, and how much it may take: `most` of a folder, which is made, or the whole of a device.
+pub(super) fn log_at(place: &LogPlace, volume: &VolumeName, most: ByteSize) -> Result<(PathBuf, u64)> {
+    match place {
+        LogPlace::Device(device) => Ok((absolute(device)?, wal_device(device)?)),
+        LogPlace::Dir(dir) => Ok((wal_file(&absolute(dir)?, volume)?, most.0)),
+    }
 }
 
 /// Checks that a device can be a log; returns how much of it is used.

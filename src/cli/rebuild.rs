@@ -35,11 +35,9 @@ pub(super) fn run(settings: &Settings, args: &RebuildArgs) -> Result<()> {
 
 /// The volume's log where `add` would have it, if it is there, locked.
 fn find_log(settings: &Settings, args: &RebuildArgs) -> Result<Option<(PathBuf, OpenLog)>> {
-    let given = LogPlace::of(args.wal_dir.clone(), args.wal_device.clone());
+    let given = args.log.place();
     let is_given = given.is_some();
-    let place =
-        given.or_else(|| settings.add.log.clone()).unwrap_or_else(|| LogPlace::Dir(settings.data_dir.join("wal")));
-    let path = match place {
+    let path = match settings.log_place(given) {
         LogPlace::Dir(dir) => absolute(&dir)?.join(format!("{}.wal", args.volume)),
         LogPlace::Device(device) => absolute(&device)?,
     };

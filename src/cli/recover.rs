@@ -140,6 +140,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
     // From the start: a recovery that fails is still somebody's device.
     state.device = Some(n);
     state.taken_from = (device.pid > 0).then_some(device.pid);
+    state.metrics = dead.metrics;
     state.how = Some(how.clone());
     Ok(Some(Plan {
         attach: AttachOptions {

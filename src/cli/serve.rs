@@ -196,12 +196,17 @@ impl Source for Answers {
     }
 }
 
-/// Opens where metrics are asked for, before anything else is done that a refusal would have to undo.
-fn open_metrics(address: Option<SocketAddr>, recovers: bool) -> Result<Option<Listening>> {
-    match address {
+/// Opens where metrics are asked for, before anything else is done that a refusal would have to undo. `dead` is where the daemon
+/// had them that a recovery comes after.
+fn open_metrics(asked: Option<SocketAddr>, dead: Option<SocketAddr>, recovers: bool) -> Result<Option<Listening>> {
+    match asked {
         // A device that comes back matters more than its counters.
-        Some(address) if recovers => Ok(Listening::try_open(address)),
-        address => address.map(Listening::open).transpose(),
+        Some(asked) if recovers => {
+            // Whoever was told of a free port goes on asking there.
+            let again = dead.filter(|_| asked.port() == 0).and_then(|d| Listening::open(d).ok());
+            Ok(again.or_else(|| Listening::try_open(asked)))
+        }
+        asked => asked.map(Listening::open).transpose(),
     }
 }
 
@@ -232,7 +237,7 @@ pub(super) fn run(plan: Plan, told: &Told) -> Result<()> {
     let Plan { attach, create, spec, mut state, metrics, run, held, .. } = plan;
     let (volume, daemon) = (state.volume.clone(), state.daemon_log.is_some());
     let recovers = spec.recover;
-    let metrics = open_metrics(metrics, recovers)?;
+    let metrics = open_metrics(metrics, state.metrics, recovers)?;
     state.metrics = metrics.as_ref().map(Listening::address);
     let listener = control::listen(&run.socket_path(&volume)?)?;
     let shared = Arc::new(Shared {
@@ -414,14 +419,20 @@ mod tests {
     fn a_recovery_goes_on_without_its_metrics() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = taken.local_addr().expect("address");
-        let e = open_metrics(Some(address), false).expect_err("taken");
+        let e = open_metrics(Some(address), None, false).expect_err("taken");
         assert!(e.kind() == ErrorKind::Busy && e.to_string().contains(&address.to_string()), "{e}");
-        assert!(open_metrics(Some(address), true).expect("it goes on").is_none());
+        assert!(open_metrics(Some(address), Some(address), true).expect("it goes on").is_none());
+        let free = SocketAddr::from(([127, 0, 0, 1], 0));
+        let other = open_metrics(Some(free), Some(address), true).expect("free").expect("asked for");
+        assert_ne!(other.address(), address);
         drop(taken);
+        let same = open_metrics(Some(free), Some(address), true).expect("free").expect("asked for");
+        assert_eq!(same.address(), address);
+        drop(same);
         for recovers in [false, true] {
-            let open = open_metrics(Some(address), recovers).expect("free").expect("asked for");
+            let open = open_metrics(Some(address), None, recovers).expect("free").expect("asked for");
             assert_eq!(open.address(), address);
-            assert!(open_metrics(None, recovers).expect("nothing asked").is_none());
+            assert!(open_metrics(None, Some(address), recovers).expect("nothing asked").is_none());
         }
     }
 

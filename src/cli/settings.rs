@@ -105,6 +105,11 @@ impl Surroundings<'_> {
 }
 
 impl Settings {
+    /// Where a volume's log is: as the command line says, else as `add` would have it.
+    pub(crate) fn log_place(&self, given: Option<LogPlace>) -> LogPlace {
+        given.or_else(|| self.add.log.clone()).unwrap_or_else(|| LogPlace::Dir(self.data_dir.join("wal")))
+    }
+
     /// Of this process.
     pub(crate) fn of_process(global: &Global) -> Result<Self> {
         let env = |name: &str| std::env::var(name).ok();

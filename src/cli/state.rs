@@ -40,7 +40,7 @@ pub(crate) struct How {
     /// In seconds.
     #[serde(default)]
     pub(crate) io_timeout: Option<u32>,
-    /// Where metrics were asked for; port 0 is a free one, anew each time.
+    /// Where metrics were asked for; port 0 is a free one, and a recovery takes the same again where it can.
     #[serde(default)]
     pub(crate) metrics: Option<SocketAddr>,
     pub(crate) strict: bool,

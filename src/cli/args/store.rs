@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueHint};
 
 use super::super::engine::images::Format;
+use super::super::settings::LogPlace;
 use super::{JsonArg, logical_block};
 use crate::config::{ByteSize, VolumeName};
 
@@ -136,16 +137,33 @@ pub(crate) struct CloneArgs {
     pub(crate) json: JsonArg,
 }
 
+/// Where a volume's log is that is not attached.
+#[derive(Debug, Args)]
+pub(crate) struct LogArgs {
+    /// The folder of its write-ahead log, where it is not attached [default: as for `add`]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    wal_dir: Option<PathBuf>,
+    /// The block device that is its write-ahead log, likewise
+    #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with = "wal_dir")]
+    wal_device: Option<PathBuf>,
+}
+
+impl LogArgs {
+    /// What the command line says.
+    pub(crate) fn place(&self) -> Option<LogPlace> {
+        LogPlace::of(self.wal_dir.clone(), self.wal_device.clone())
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct GcArgs {
     /// The volume: attached on this host, or nowhere
     pub(crate) volume: VolumeName,
     /// Say how much there is, and change nothing
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["wal_dir", "wal_device"])]
     pub(crate) dry_run: bool,
-    /// Folder of the volume's log, where it is not attached [default: DATA-DIR/wal]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with = "dry_run")]
-    pub(crate) wal_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }
@@ -154,9 +172,8 @@ pub(crate) struct GcArgs {
 pub(crate) struct FlattenArgs {
     /// The clone: attached on this host, or nowhere
     pub(crate) volume: VolumeName,
-    /// Folder of the volume's log, where it is not attached [default: DATA-DIR/wal]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(crate) wal_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }
@@ -180,12 +197,8 @@ pub(crate) struct RebuildArgs {
     /// Its logical block size, likewise [default: 512]
     #[arg(long, value_name = "BYTES", value_parser = logical_block)]
     pub(crate) logical_block_size: Option<u32>,
-    /// The folder of its write-ahead log [default: as for `add`]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub(crate) wal_dir: Option<PathBuf>,
-    /// The block device that is its write-ahead log [default: as for `add`]
-    #[arg(long, value_name = "DEVICE", value_hint = ValueHint::FilePath, conflicts_with = "wal_dir")]
-    pub(crate) wal_device: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }
