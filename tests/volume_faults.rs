@@ -353,6 +353,13 @@ fn a_part_of_a_block_waits_for_a_chunk_that_is_not_found() {
     part_of_a_block_waits(|chunk| fs::remove_file(chunk).unwrap());
 }
 
+/// A proxy that cuts answers short for a while, or sends a page of its own.
+#[test]
+fn a_part_of_a_block_waits_for_a_chunk_that_is_cut_short_for_a_while() {
+    part_of_a_block_waits(|chunk| fs::write(chunk, b"<html>Bad gateway</html>").unwrap());
+    part_of_a_block_waits(|chunk| fs::write(chunk, &fs::read(chunk).unwrap()[..40_000]).unwrap());
+}
+
 /// Nothing is known to be lost while the block below a partial write cannot be read but is not damaged.
 fn part_of_a_block_waits(spoil: impl Fn(&Path)) {
     let bench = three_groups(true);

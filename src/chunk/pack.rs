@@ -4,6 +4,7 @@
 //! base below them; never on anything newer.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -104,6 +105,26 @@ pub struct Sources<'a, D: Disk> {
     pub log_reads: usize,
     /// Groups built and not yet applied, oldest first.
     pub pending: Vec<Rc<Vec<BuiltChunk>>>,
+    /// Chunks that could not be read for a base.
+    pub suspects: &'a Suspects,
+}
+
+/// Chunks that look damaged, by how many builds of groups have found them so. What is packed as lost stays lost, while a proxy that
+/// cuts answers short, or sends a page of its own for them, is right again after a while.
+#[derive(Default)]
+pub struct Suspects(RefCell<HashMap<Location, u32>>);
+
+impl Suspects {
+    /// Builds that have to find it so; the caller pauses between them.
+    const ENOUGH: u32 = 6;
+
+    /// Once more; whether it counts as damaged now.
+    fn is_damaged(&self, chunk: Location) -> bool {
+        let mut seen = self.0.borrow_mut();
+        let times = seen.entry(Location::new(chunk.source(), chunk.chunk(), 0)).or_default();
+        *times += 1;
+        *times >= Self::ENOUGH
+    }
 }
 
 /// Builds all chunks of a group.
@@ -248,9 +269,8 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> 
                 let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
                 return Ok(Base { data: Some(b.data), mask });
             }
-            // Damage that was read twice. All else is tried again: an object that is not there may be a store that is not,
-            // and a newer program's chunk is whole.
-            Err(e) if e.kind() == ErrorKind::Corrupt => {
+            // All else is tried again: an object that is not there may be a store that is not, and a newer program's chunk is whole.
+            Err(e) if e.kind() == ErrorKind::Corrupt && src.suspects.is_damaged(at) => {
                 tracing::error!(
                     "block {block} cannot be read to merge a partial write: {e}; its other sectors are lost"
                 );

@@ -1,7 +1,7 @@
 //! Bounded retries with exponential backoff and full jitter, for errors that may pass by themselves.
 //!
 //! Invariants:
-//! - Only errors of a transient kind are retried; a [`Policy`] bounds the tries and the whole time.
+//! - Only errors of a transient kind are retried, and refusals of reads where the policy says so; a [`Policy`] bounds the tries and the whole time.
 //! - A conditional put is never sent again before a look at the object: after a try whose outcome is not
 //!   known, equal bytes mean that it had landed (success), another content that somebody else wrote
 //!   (`Conflict`). So bodies that are written conditionally must differ between writers; the manifest's
@@ -32,6 +32,9 @@ pub struct Policy {
     pub cap: Duration,
     /// Bound on the whole call: tries and pauses.
     pub deadline: Duration,
+    /// Reads that are refused are tried again, too: somebody is changing keys, a clock is wrong, or a server that has no room says so
+    /// to whatever it is asked.
+    pub until_allowed: bool,
 }
 
 impl Policy {
@@ -43,6 +46,7 @@ impl Policy {
             base: Duration::from_millis(100),
             cap: Duration::from_secs(3),
             deadline: Duration::from_secs(15),
+            until_allowed: false,
         }
     }
 
@@ -54,6 +58,7 @@ impl Policy {
             base: Duration::from_millis(100),
             cap: Duration::from_secs(5),
             deadline: Duration::from_secs(60),
+            until_allowed: false,
         }
     }
 
@@ -66,6 +71,7 @@ impl Policy {
             base: Duration::from_millis(200),
             cap: Duration::from_secs(15),
             deadline: Duration::from_secs(3600),
+            until_allowed: true,
         }
     }
 
@@ -158,7 +164,10 @@ impl Tries<'_> {
 
     /// Waits before the next try, or gives `error` back when there must be none.
     async fn wait_or_fail(&self, error: Error) -> Result<()> {
-        if !error.kind().is_transient() {
+        let allowed_later = self.retry.policy.until_allowed
+            && matches!(self.op, Op::Get | Op::GetRange)
+            && matches!(error.kind(), ErrorKind::Denied | ErrorKind::Full);
+        if !error.kind().is_transient() && !allowed_later {
             return Err(error);
         }
         let pause = self.retry.policy.pause(self.made, self.retry.pacer.random());
@@ -368,6 +377,7 @@ mod tests {
         base: Duration::from_millis(100),
         cap: Duration::from_millis(250),
         deadline: Duration::from_secs(10),
+        until_allowed: false,
     };
 
     struct Rig {
@@ -436,6 +446,29 @@ mod tests {
             assert_eq!(r.retry.list("", None).await.expect_err("lasting").kind(), kind);
             assert_eq!(r.faults.calls(), 2);
         }
+    }
+
+    /// Keys that were changed, a clock that was wrong: a read behind a serving volume waits for it, and nothing else does.
+    #[tokio::test]
+    async fn reads_wait_until_they_are_allowed_where_the_policy_says_so() {
+        let refused = || vec![(Op::Get, Fault::Before(ErrorKind::Denied)); 3];
+        let r = rig(refused());
+        r.faults.put("k", OURS).await.expect("put");
+        assert_eq!(r.retry.get("k").await.expect_err("at once").kind(), ErrorKind::Denied);
+        for (policy, waits) in [(Policy::attach(), false), (Policy::long_run(), false), (Policy::background(), true)] {
+            let mut script = refused();
+            script[1] = (Op::Get, Fault::Before(ErrorKind::Full));
+            let r = rig(script);
+            r.faults.put("k", OURS).await.expect("put");
+            let retry = Retry::with_pacer(r.faults.clone(), policy, r.pacer);
+            let got = retry.get("k").await;
+            assert_eq!(got.is_ok(), waits, "{policy:?}");
+            assert_eq!(r.faults.calls(), if waits { 5 } else { 2 });
+        }
+        let r = rig(vec![(Op::Put, Fault::Before(ErrorKind::Denied)), (Op::Delete, Fault::Before(ErrorKind::Denied))]);
+        let retry = Retry::with_pacer(r.faults.clone(), Policy::background(), r.pacer);
+        assert_eq!(retry.put("k", OURS).await.expect_err("no").kind(), ErrorKind::Denied);
+        assert_eq!(retry.delete("k").await.expect_err("no").kind(), ErrorKind::Denied);
     }
 
     #[tokio::test]

@@ -104,11 +104,20 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let pending: Vec<Rc<Vec<BuiltChunk>>> = self.cut_groups().filter_map(|g| g.chunks.clone()).collect();
         let (volume, disk, reader, timer) =
             (self.volume.clone(), self.disk.clone(), self.reader.clone(), self.timer.clone());
-        let bodies = self.bodies.clone();
+        let (bodies, suspects) = (self.bodies.clone(), Rc::clone(&self.suspects));
         self.spawn(async move {
             let mut backoff = Backoff::new();
             let (log, maps) = (&volume.log, &volume.maps);
-            let sources = Sources { log, disk: &disk, maps, reader: &reader, bodies: &bodies, log_reads, pending };
+            let sources = Sources {
+                log,
+                disk: &disk,
+                maps,
+                reader: &reader,
+                bodies: &bodies,
+                log_reads,
+                pending,
+                suspects: &suspects,
+            };
             loop {
                 if volume.is_gone() {
                     return Event::Built { group: ticket.group, chunks: None };

@@ -40,6 +40,7 @@ use super::recover::StoreEnd;
 use super::{Command, Volume};
 use crate::chunk::bodies::Bodies;
 use crate::chunk::pack::BuiltChunk;
+use crate::chunk::pack::Suspects;
 use crate::chunk::reader::ChunkReader;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -164,6 +165,7 @@ pub struct Background<D: Disk, T: Timer> {
     uploads: VecDeque<(GroupNo, BuiltChunk)>,
     uploading: usize,
     bodies: Bodies,
+    suspects: Rc<Suspects>,
     memory: Memory,
     /// The last entry that some group holds.
     cut: Seq,
@@ -254,6 +256,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             uploads: VecDeque::new(),
             uploading: 0,
             bodies: Bodies::default(),
+            suspects: Rc::default(),
             memory: Memory::plenty(),
             cut: Seq(0),
             uncut_since: None,
