@@ -23,6 +23,7 @@ use serde_json::json;
 use support_rng::Rng;
 use vb_ublk::error::{Error, ErrorKind, Result};
 use vb_ublk::image::{self, Backing, ImageSource};
+use vb_ublk::manifest::{Manifest, Published};
 use vb_ublk::store::fault::{Call, Fault, FaultStore};
 use vb_ublk::store::retry::{Policy, Retry};
 use vb_ublk::store::{Op, Store};
@@ -374,11 +375,10 @@ fn somebody_elses_volume_that_came_meanwhile_stays() {
     let other = bench.store();
     let store = FaultStore::new(bench.store(), move |c| {
         if c.op == Op::Put && c.key.contains("checkpoints/") {
-            let opts = vb_ublk::volume::admin::CreateOptions { size_bytes: 4096, logical_block: 512 };
+            // It had looked before the import began.
+            let theirs = Manifest::new("vol", 4096, 512, 1);
             let other = Arc::clone(&other);
-            std::thread::spawn(move || block_on(vb_ublk::volume::admin::create(&*other, "vol", &opts, 1)).unwrap())
-                .join()
-                .unwrap();
+            std::thread::spawn(move || drop(block_on(Published::create(&*other, theirs)).unwrap())).join().unwrap();
         }
         Fault::None
     });

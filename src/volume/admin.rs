@@ -39,12 +39,34 @@ pub fn split_name(name: &str) -> Result<(&str, Option<&str>)> {
 pub async fn create(store: &dyn Store, name: &str, opts: &CreateOptions, now_unix: u64) -> Result<Manifest> {
     manifest::check_name(name)?;
     manifest::check_size(opts.size_bytes, opts.logical_block)?;
-    // A store that ignores conditions would let a second create wipe a volume: look first.
-    if store.get(&manifest::key(name)).await.is_ok() {
-        return Err(Error::new(ErrorKind::Exists, format!("there is a volume {name:?} in {} already", store.url())));
-    }
+    nothing_there(store, name).await?;
     let m = Manifest::new(name, opts.size_bytes, opts.logical_block, now_unix);
     Ok(Published::create(store, m).await?.manifest)
+}
+
+/// Looks before a volume is made: a store that ignores conditions would let a second one wipe the first, and what is left of a deleted
+/// one, or of an import, would be taken for the new one's.
+///
+/// # Errors
+/// `Exists`, the store's.
+pub(super) async fn nothing_there(store: &dyn Store, name: &str) -> Result<()> {
+    let exists = |what: String| Err(Error::new(ErrorKind::Exists, what));
+    match store.get(&manifest::key(name)).await {
+        Ok(_) => return exists(format!("there is a volume {name:?} in {} already: choose another name", store.url())),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e.context(format!("looking for a volume {name:?} in {}", store.url()))),
+    }
+    let left = store.list(&manifest::prefix(name), None).await;
+    let left = left.map_err(|e| e.context(format!("listing what there is of {name:?} in {}", store.url())))?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    exists(format!(
+        "{} objects of a volume {name:?} without a manifest are in {}: an import or a deletion of it is under way, or was \
+         killed; if so, `vb-ublk volume delete {name}` removes them",
+        left.len(),
+        store.url()
+    ))
 }
 
 /// The names of all volumes in the store, in order.

@@ -20,6 +20,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::admin::nothing_there;
 use super::background::checkpoint::{PART_BYTES, put_parts};
 use crate::chunk::bodies::Bodies;
 use crate::chunk::header::{ChunkExtent, ChunkHeader, ExtentKind, HEADER_ROOM, MAX_BLOCKS, block_crc, key};
@@ -159,29 +160,6 @@ fn too_small(size: u64, image: u64) -> Error {
 
 fn interrupted() -> Error {
     Error::new(ErrorKind::Interrupted, "the import was stopped")
-}
-
-/// Looks before anything is written.
-async fn nothing_there(store: &dyn Store, name: &str) -> Result<()> {
-    let exists = |what: String| Err(Error::new(ErrorKind::Exists, what));
-    match store.get(&manifest::key(name)).await {
-        Ok(_) => {
-            return exists(format!("there is a volume {name:?} in {} already: import under another name", store.url()));
-        }
-        Err(e) if e.kind() == ErrorKind::NotFound => {}
-        Err(e) => return Err(e.context(format!("looking for a volume {name:?} in {}", store.url()))),
-    }
-    let left = store.list(&manifest::prefix(name), None).await;
-    let left = left.map_err(|e| e.context(format!("listing what there is of {name:?} in {}", store.url())))?;
-    if left.is_empty() {
-        return Ok(());
-    }
-    exists(format!(
-        "{} objects of a volume {name:?} without a manifest are in {}: another import is under way, or was killed; if so, \
-         `vb-ublk volume delete {name}` removes them",
-        left.len(),
-        store.url()
-    ))
 }
 
 /// The volume as one attachment would have left it.

@@ -17,6 +17,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::admin::nothing_there;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::sweep::keep_copy;
 use crate::manifest::images::load_checkpoint;
@@ -244,10 +245,7 @@ pub async fn clone(
     let body = RefBody { clone: new, uuid: m.uuid, snapshot, size_bytes };
     let body = serde_json::to_vec(&body)
         .map_err(|e| Error::new(ErrorKind::Internal, format!("encoding {key}")).with_source(e))?;
-    // A store that ignores conditions would let the clone take the place of a volume: look first.
-    if store.get(&manifest::key(new)).await.is_ok() {
-        return Err(Error::new(ErrorKind::Exists, format!("there is a volume {new:?} in {} already", store.url())));
-    }
+    nothing_there(store, new).await?;
     store.put(&key, body.into()).await.map_err(|e| e.context(format!("writing {key} in {}", store.url())))?;
     let uuid = m.uuid;
     let made = match Published::create(store, m).await {

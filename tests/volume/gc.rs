@@ -12,7 +12,7 @@ use vb_ublk::volume::rebuild::{ManifestState, MapFrom, rebuild};
 
 use super::snapshots::{attach, clone, forced, holds, is_well, snapshot};
 use crate::support_rng::Rng;
-use crate::volume_support::{Bench, block_on, churn, compare, drain, on_lane, put};
+use crate::volume_support::{Bench, block_on, churn, compare, drain, get, on_lane, pause, put};
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 32 * MIB;
@@ -182,6 +182,44 @@ fn readers_and_writers_see_nothing_of_it() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| compare(&e, &model, "after a death").await);
     host.detach().unwrap();
+}
+
+/// Nobody waits an hour for what was ordered, nor for the next attachment.
+#[test]
+fn an_order_sweeps_what_counts_for_nothing_at_once() {
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 0, 64, 7).await);
+    host.detach().unwrap();
+    let gc = Policy { grace: Policy::default().grace, ..eager() };
+    let host = Host::attach(AttachOptions { gc, ..bench.options() }).unwrap();
+    on_lane(host.volume(), async |e| put(&e, 64, 64, 8).await);
+    drain(host.volume());
+    let store = bench.store();
+    let keys = block_on(store.list("vol/chunks/", None)).unwrap();
+    let body = block_on(store.get(&keys[0].key)).unwrap().0;
+    let (first, oldest) = keys[0].key.split_once("-").unwrap();
+    let chunks =
+        || -> Vec<String> { block_on(store.list("vol/chunks/", None)).unwrap().into_iter().map(|o| o.key).collect() };
+    let first = first.rsplit('/').next().unwrap();
+    for number in 2..5 {
+        let late = format!("vol/chunks/{:016x}-{oldest}", u64::from_str_radix(first, 16).unwrap() + number);
+        block_on(store.put(&late, body.clone())).unwrap();
+        // Rounds of its own that are not ordered leave it alone.
+        on_lane(host.volume(), async |e| {
+            for i in 0..8 {
+                put(&e, 64, 64, number as u8 * 8 + i).await;
+            }
+        });
+        drain(host.volume());
+        pause(Duration::from_millis(300));
+        assert!(chunks().contains(&late));
+        collect(&host);
+        assert!(!chunks().contains(&late), "{:?}", chunks());
+        on_lane(host.volume(), async |e| assert_eq!(get(&e, 10).await, Ok(7)));
+    }
+    host.detach().unwrap();
+    is_well(&bench, "vol");
 }
 
 /// What hosts have uploaded that lost the volume, or died before it counted.

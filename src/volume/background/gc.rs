@@ -136,6 +136,9 @@ pub(super) struct Gc {
     looked: Duration,
     /// Objects for nobody, by when they were first seen.
     orphans: Vec<(Duration, String)>,
+    /// Those of an order: the store is to be listed again for it; they have been tried.
+    relist: bool,
+    orphans_tried: bool,
     /// Checkpoints since leftovers were looked for.
     untidy: u32,
     /// The parts of maps that the manifest names, and those that it named before: somebody may be reading them.
@@ -179,6 +182,8 @@ impl Gc {
             pace: Pace::default(),
             looked: Duration::ZERO,
             orphans: Vec::new(),
+            relist: false,
+            orphans_tried: false,
             untidy: 0,
             parts: Default::default(),
             copied: None,
@@ -266,6 +271,8 @@ impl Gc {
     pub(super) fn order(&mut self, reply: Reply) {
         self.orders.push(reply);
         self.ordered = false;
+        self.relist = true;
+        self.orphans_tried = false;
         self.order_last = None;
         self.plan = None;
     }
@@ -373,8 +380,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         gc.bounds.last = gc.order_last.filter(|_| ordered).map_or(*last, |l| l.min(*last));
         gc.bounds.refused.retain(|_, since| now.saturating_sub(*since) < PAUSE_AFTER_REFUSAL);
         let plan = gc.plan.get_or_insert_with(|| plan(&known.usage, &known.held, &gc.bounds, policy));
-        let is_over = |o: &&(Duration, String)| now.saturating_sub(o.0) >= policy.grace;
+        // Whoever uploaded them has lost the volume, and nothing can make them count: an order does not wait, once.
+        let at_once = ordered && !gc.orphans_tried;
+        let is_over = |o: &&(Duration, String)| at_once || now.saturating_sub(o.0) >= policy.grace;
         let others: Vec<String> = gc.orphans.iter().filter(is_over).map(|o| o.1.clone()).collect();
+        gc.orphans_tried |= ordered;
         if !plan.dead.is_empty() || !others.is_empty() || gc.untidy >= TIDY_AFTER {
             let dead = std::mem::take(&mut plan.dead);
             self.sweep(dead, others);

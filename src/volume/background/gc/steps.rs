@@ -28,10 +28,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let known = self.gc.known.take();
         let mut known = known.unwrap_or_else(|| Box::new(Known::new(of.image.volume_blocks())));
         let (store, bound) = (self.gc.store.clone(), self.applied_chunk);
+        let again = std::mem::take(&mut self.gc.relist);
         self.gc.busy = true;
         self.spawn(async move {
             let result = async {
-                let orphans = if known.listed { Orphans::new() } else { known.list(&*store, &m, bound).await? };
+                let list = again || !known.listed;
+                let orphans = if list { known.list(&*store, &m, bound).await? } else { Orphans::new() };
                 known.look_at_snapshots(&*store, &m).await?;
                 Ok(orphans)
             };
@@ -132,7 +134,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
         let orphans = result?;
         no_trouble(&self.volume);
-        gc.orphans.extend(orphans.into_iter().map(|key| (now, key)));
+        let known_before: HashSet<String> = gc.orphans.iter().map(|o| o.1.clone()).collect();
+        gc.orphans.extend(orphans.into_iter().filter(|key| !known_before.contains(key)).map(|key| (now, key)));
         gc.space = known.usage.space(&known.held, of.last_chunk);
         if std::mem::take(&mut gc.joining) {
             gc.bounds.marks = known.usage.stored(of.last_chunk).filter(|c| c.1.is_marks()).count();
