@@ -36,6 +36,21 @@ impl Drop for Named {
     }
 }
 
+/// Says at which point of a sweep it failed.
+struct Point {
+    seed: u64,
+    at: u64,
+    how: Crash,
+}
+
+impl Drop for Point {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("this was world {}, cut at operation {} ({:?})", self.seed, self.at, self.how);
+        }
+    }
+}
+
 /// Seeds that have found something. 1830, 2094, 4675: a power cut while a log whose entries were all in the store wrote over
 /// its newest segment left a log that no attach would take: records of the old segment vouched for what was gone and not needed;
 /// in the last, records of a torn tail for entries whose numbers had been given out again.
@@ -131,6 +146,44 @@ fn a_crash_at_every_operation() {
             world.lose_host();
             world.life(Load { requests: 0, ..load }, u64::MAX);
         }
+    }
+}
+
+/// One life with snapshots that come and go, garbage that is collected, and in the second world a clone that comes to stand alone,
+/// cut short at each of its operations (in the short form at each fifth), by a death and by a power cut.
+#[test]
+fn a_crash_at_every_operation_of_keeping_house() {
+    let load = Load { lanes: 1, workers: 1, requests: 200, breaks: false };
+    let step = if std::env::var("VB_SIM_SEEDS").is_ok() { 1 } else { 5 };
+    for (seed, clone) in [(6, false), (24, true)] {
+        let whole = World::collecting(seed);
+        assert!(whole.life(load, u64::MAX));
+        let did = whole.seen();
+        assert!(did.deleted > 5 && did.moved > 5 && (did.alone > 0) == clone, "world {seed}: {did:?}");
+        let mut all = world::Seen::default();
+        let mut points = 0;
+        for at in (1..).step_by(step) {
+            let mut ended = false;
+            for how in [Crash::Process, Crash::Power] {
+                let _named = Point { seed, at, how };
+                let world = World::collecting(seed);
+                ended = world.life(load, at);
+                world.crash(how);
+                world.life(Load { requests: 8, ..load }, u64::MAX);
+                world.look_at_snapshots();
+                world.lose_host();
+                world.life(Load { requests: 0, ..load }, u64::MAX);
+                world.look_at_snapshots();
+                all = all.plus(world.seen());
+            }
+            if ended {
+                break;
+            }
+            points += 1;
+        }
+        println!("world {seed}: {points} points, {all:?}");
+        assert!(points * step > 500 && all.judged >= 4 * points as u64, "{points} points: {all:?}");
+        assert!(all.snapshots > points as u64 && all.exact > points as u64, "{points} points: {all:?}");
     }
 }
 

@@ -306,12 +306,12 @@ impl World {
         }
     }
 
-    /// Attaches, judges what is found, and serves `load`, until `crash_at` operations have ended, or all is done.
-    pub(crate) fn life(&self, load: Load, crash_at: u64) {
-        self.live_out(load, crash_at, false);
+    /// Attaches, judges what is found, and serves `load`, until `crash_at` operations have ended, or all is done. Whether all is.
+    pub(crate) fn life(&self, load: Load, crash_at: u64) -> bool {
+        self.live_out(load, crash_at, false)
     }
 
-    fn live_out(&self, load: Load, crash_at: u64, without_marks: bool) {
+    fn live_out(&self, load: Load, crash_at: u64, without_marks: bool) -> bool {
         let (clock, spawner) = (SimClock::default(), Spawner::default());
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let life = Life { without_marks, ..self.next_life(load, &clock, &spawner) };
@@ -319,6 +319,7 @@ impl World {
         let ended = run_all(&[&disk, &self.store, &clock], &spawner, &mut rng, crash_at, live(life));
         self.outlived(judged.get());
         self.note(ended.is_some());
+        ended.is_some()
     }
 
     /// Serves `load` for a minute in which nothing that is written to the log's superblock gets there. What was written to the
