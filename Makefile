@@ -8,7 +8,7 @@
 #   make soak    the long forms of the NBD and store tests, many seeds of the simulation, and soak-guest
 #   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
-#   make fuzz    each fuzz target for FUZZ_SECONDS (60); wants a nightly Rust
+#   make fuzz    each fuzz target for FUZZ_SECONDS (60), from seeds that the real encoders make; bounded memory
 #   make bench   benchmarks
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
 #   make deny    licenses, sources, and the advisory database (wants a network)
@@ -23,7 +23,7 @@ KERNEL ?=
 TESTS ?=
 SOAK ?=
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= nbd_handshake nbd_session formats viperblock
+FUZZ_TARGETS ?= nbd_handshake nbd_session log chunk checkpoint manifest viperblock
 DENY = "$${VB_CACHE:-target/guest}/cargo-deny-root/bin/cargo-deny"
 
 setup:
@@ -61,9 +61,11 @@ mutants: setup-build
 	scripts/mutants
 
 fuzz: setup-build setup-fuzz
+	cd fuzz && $(CARGO) run --locked --example seeds
 	cd fuzz && for t in $(FUZZ_TARGETS); do \
-		PATH="$$(realpath -m "$${VB_CACHE:-../target/guest}")/cargo-fuzz-root/bin:$$PATH" \
-		cargo +nightly fuzz run $$t -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096; \
+		len=8192; [ $$t != chunk ] || len=32768; \
+		PATH="$$(realpath -m "$${VB_CACHE:-../target/guest}")/cargo-fuzz-root/bin:$$PATH" RUSTC_BOOTSTRAP=1 \
+		cargo fuzz run $$t -- -max_total_time=$(FUZZ_SECONDS) -max_len=$$len -rss_limit_mb=1024 -malloc_limit_mb=64; \
 	done
 
 demo: build
