@@ -265,10 +265,13 @@ fn a_cut_or_missing_chunk_stops_an_attach_that_needs_it() {
     host.detach().unwrap();
 }
 
+const MISSING: &str = "a missing chunk";
+
+/// What is done to a chunk of blocks 10 to 19, and which of them it spoils.
+type Damage = (&'static str, fn(&Path), std::ops::Range<u64>);
+
 #[test]
 fn damage_in_a_chunk_is_an_error_for_its_blocks_alone() {
-    const MISSING: &str = "a missing chunk";
-    type Damage = (&'static str, fn(&Path), std::ops::Range<u64>);
     let damages: [Damage; 5] = [
         ("a flipped header", |p| flip(p, 300), 10..20),
         ("a flipped block", |p| flip(p, HEADER_ROOM + 4 * BLOCK + 77), 14..15),
@@ -280,52 +283,51 @@ fn damage_in_a_chunk_is_an_error_for_its_blocks_alone() {
         ("a chunk cut in its header", |p| fs::write(p, &fs::read(p).unwrap()[..99]).unwrap(), 10..20),
         (MISSING, |p| fs::remove_file(p).unwrap(), 10..20),
     ];
-    for (what, damage, bad) in damages {
-        let bench = three_groups(true);
-        damage(&objects(&bench, "chunks")[1]);
-        let host = bench.attach().unwrap_or_else(|e| panic!("{what}: {e}"));
-        on_lane(host.volume(), async |e| {
-            for block in 0..40 {
-                let want = if bad.contains(&block) {
-                    Err(IoFault::Io)
-                } else {
-                    Ok(if block < 30 { block as u8 / 10 + 1 } else { 0 })
-                };
-                assert_eq!(get(&e, block).await, want, "{what}: block {block}");
-            }
-            let all = IoBuf::zeroed(40 * BLOCK);
-            assert_eq!(e.read(Lba(0), all).await, Err(IoFault::Io), "{what}: a read over it");
-            // A part of a bad block: the rest of the block stays lost, the part is right.
-            if what != MISSING {
-                e.write(Lba(bad.start * 8 + 2), buf_of(&[7; 512]), false).await.unwrap();
-            }
-        });
-        drain(host.volume());
-        on_lane(host.volume(), async |e| {
-            if what == MISSING {
-                return put(&e, bad.start, 1, 5).await;
-            }
-            let sector = IoBuf::zeroed(SECTOR);
-            e.read(Lba(bad.start * 8 + 2), sector.clone()).await.unwrap();
-            assert_eq!(sector.bytes(), [7; SECTOR], "{what}");
-            for s in [0, 1, 3, 7] {
-                assert_eq!(
-                    e.read(Lba(bad.start * 8 + s), sector.clone()).await,
-                    Err(IoFault::Io),
-                    "{what}: sector {s}"
-                );
-            }
-            put(&e, bad.start, 1, 5).await;
-        });
-        host.detach().unwrap();
-        bench.wipe_local();
-        let host = bench.attach().unwrap();
-        on_lane(host.volume(), async |e| {
-            assert_eq!(get(&e, bad.start).await, Ok(5), "{what}: an overwrite heals");
-            assert_eq!((get(&e, 9).await, get(&e, 20).await), (Ok(1), Ok(3)));
-        });
-        host.detach().unwrap();
-    }
+    // Side by side: nothing is given up in a hurry.
+    std::thread::scope(|s| damages.into_iter().for_each(|d| drop(s.spawn(|| damaged_chunk(d)))));
+}
+
+fn damaged_chunk((what, damage, bad): Damage) {
+    let bench = three_groups(true);
+    damage(&objects(&bench, "chunks")[1]);
+    let host = bench.attach().unwrap_or_else(|e| panic!("{what}: {e}"));
+    on_lane(host.volume(), async |e| {
+        for block in 0..40 {
+            let want = if bad.contains(&block) {
+                Err(IoFault::Io)
+            } else {
+                Ok(if block < 30 { block as u8 / 10 + 1 } else { 0 })
+            };
+            assert_eq!(get(&e, block).await, want, "{what}: block {block}");
+        }
+        let all = IoBuf::zeroed(40 * BLOCK);
+        assert_eq!(e.read(Lba(0), all).await, Err(IoFault::Io), "{what}: a read over it");
+        // A part of a bad block: the rest of the block stays lost, the part is right.
+        if what != MISSING {
+            e.write(Lba(bad.start * 8 + 2), buf_of(&[7; 512]), false).await.unwrap();
+        }
+    });
+    drain(host.volume());
+    on_lane(host.volume(), async |e| {
+        if what == MISSING {
+            return put(&e, bad.start, 1, 5).await;
+        }
+        let sector = IoBuf::zeroed(SECTOR);
+        e.read(Lba(bad.start * 8 + 2), sector.clone()).await.unwrap();
+        assert_eq!(sector.bytes(), [7; SECTOR], "{what}");
+        for s in [0, 1, 3, 7] {
+            assert_eq!(e.read(Lba(bad.start * 8 + s), sector.clone()).await, Err(IoFault::Io), "{what}: sector {s}");
+        }
+        put(&e, bad.start, 1, 5).await;
+    });
+    host.detach().unwrap();
+    bench.wipe_local();
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| {
+        assert_eq!(get(&e, bad.start).await, Ok(5), "{what}: an overwrite heals");
+        assert_eq!((get(&e, 9).await, get(&e, 20).await), (Ok(1), Ok(3)));
+    });
+    host.detach().unwrap();
 }
 
 /// What a newer program would write: intact, and of another version.
@@ -367,7 +369,13 @@ fn part_of_a_block_waits(spoil: impl Fn(&Path)) {
     let good = fs::read(&chunk).unwrap();
     spoil(&chunk);
     let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| e.write(Lba(12 * 8 + 2), buf_of(&[7; SECTOR]), false).await.unwrap());
+    // Of many blocks: each of them meets the chunk.
+    let blocks = 11..19;
+    on_lane(host.volume(), async |e| {
+        for block in blocks.clone() {
+            e.write(Lba(block * 8 + 2), buf_of(&[7; SECTOR]), false).await.unwrap();
+        }
+    });
     let volume = host.volume().clone();
     let drainer = std::thread::spawn(move || drain(&volume));
     let begin = Instant::now();
@@ -375,14 +383,16 @@ fn part_of_a_block_waits(spoil: impl Fn(&Path)) {
         assert!(begin.elapsed() < Duration::from_secs(10), "the trouble is not told");
         volume_support::pause(Duration::from_millis(20));
     }
+    // Several builds long.
+    volume_support::pause(Duration::from_millis(1200));
     assert!(!drainer.is_finished());
     fs::write(&chunk, good).unwrap();
     drainer.join().unwrap();
     on_lane(host.volume(), async |e| {
-        for s in 0..8 {
+        for (block, s) in blocks.flat_map(|b| (0..8).map(move |s| (b, s))) {
             let b = IoBuf::zeroed(SECTOR);
-            e.read(Lba(12 * 8 + s), b.clone()).await.unwrap();
-            assert_eq!(b.bytes(), [if s == 2 { 7 } else { 2 }; SECTOR], "sector {s}");
+            e.read(Lba(block * 8 + s), b.clone()).await.unwrap();
+            assert_eq!(b.bytes(), [if s == 2 { 7 } else { 2 }; SECTOR], "block {block}, sector {s}");
         }
     });
     host.detach().unwrap();

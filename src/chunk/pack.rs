@@ -3,7 +3,7 @@
 //! Invariant: a chunk's bytes depend only on the entries of its group, on the pending groups before it and on the
 //! base below them; never on anything newer.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -109,22 +109,48 @@ pub struct Sources<'a, D: Disk> {
     pub suspects: &'a Suspects,
 }
 
-/// Chunks that look damaged, by how many builds of groups have found them so. What is packed as lost stays lost, while a proxy that
-/// cuts answers short, or sends a page of its own for them, is right again after a while.
+/// Chunks that look damaged, by how many builds of groups in a row have found them so. What is packed as lost stays lost, while a
+/// proxy that cuts answers short, or sends a page of its own for them, is right again after a while.
 #[derive(Default)]
-pub struct Suspects(RefCell<HashMap<Location, u32>>);
+pub struct Suspects {
+    builds: Cell<u64>,
+    /// By chunk: how many builds, and the last of them.
+    seen: RefCell<HashMap<Location, (u32, u64)>>,
+}
 
 impl Suspects {
     /// Builds that have to find it so; the caller pauses between them.
     const ENOUGH: u32 = 6;
 
-    /// Once more; whether it counts as damaged now.
-    fn is_damaged(&self, chunk: Location) -> bool {
-        let mut seen = self.0.borrow_mut();
-        let times = seen.entry(Location::new(chunk.source(), chunk.chunk(), 0)).or_default();
-        *times += 1;
+    /// It looks damaged in that build; whether it counts as damaged now.
+    fn is_damaged(&self, chunk: Location, build: u64) -> bool {
+        let mut seen = self.seen.borrow_mut();
+        let (times, last) = seen.entry(whole(chunk)).or_default();
+        if *last != build {
+            (*times, *last) = (*times + 1, build);
+        }
         *times >= Self::ENOUGH
     }
+
+    /// It reads well.
+    fn is_well(&self, chunk: Location) {
+        let mut seen = self.seen.borrow_mut();
+        if !seen.is_empty() {
+            seen.remove(&whole(chunk));
+        }
+    }
+}
+
+/// The chunk, whatever its block.
+fn whole(at: Location) -> Location {
+    Location::new(at.source(), at.chunk(), 0)
+}
+
+/// One build's look at the bases: the first chunk that looks damaged and does not count as that yet. All are looked at before it
+/// fails, so that many of them take no longer than one.
+struct Look {
+    build: u64,
+    unproven: RefCell<Option<Error>>,
 }
 
 /// Builds all chunks of a group.
@@ -221,13 +247,18 @@ async fn lay_bases<D: Disk>(
     drafts: &mut [Draft],
     partial: &[(usize, u16, BlockNo, Vec<MixedPart>)],
 ) -> Result<()> {
+    src.suspects.builds.set(src.suspects.builds.get() + 1);
+    let look = &Look { build: src.suspects.builds.get(), unproven: RefCell::default() };
     let bases: Vec<Option<Base>> = stream::iter(partial)
         .map(|(_, _, block, parts)| async move {
-            if covers_block(parts) { Ok(None) } else { base_of(src, *block).await.map(Some) }
+            if covers_block(parts) { Ok(None) } else { base_of(src, *block, look).await.map(Some) }
         })
         .buffered(PARALLEL_BASE_READS)
         .try_collect()
         .await?;
+    if let Some(e) = look.unproven.take() {
+        return Err(e);
+    }
     for ((c, index, _, parts), base) in partial.iter().zip(bases) {
         let d = &mut drafts[*c];
         let at = HEADER_ROOM + usize::from(*index) * BLOCK;
@@ -253,7 +284,7 @@ fn sector_mask(from: u8, to: u8) -> u8 {
     (from..to).fold(0, |m, s| m | 1 << s)
 }
 
-async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> {
+async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo, look: &Look) -> Result<Base> {
     let newest = src.pending.iter().rev().flat_map(|g| g.iter()).find_map(|c| c.block(block));
     if let Some(base) = newest {
         return Ok(base);
@@ -266,14 +297,19 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo) -> Result<Base> 
         };
         match src.reader.read(at, block, 1).await {
             Ok(b) => {
+                src.suspects.is_well(at);
                 let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
                 return Ok(Base { data: Some(b.data), mask });
             }
             // All else is tried again: an object that is not there may be a store that is not, and a newer program's chunk is whole.
-            Err(e) if e.kind() == ErrorKind::Corrupt && src.suspects.is_damaged(at) => {
-                tracing::error!(
-                    "block {block} cannot be read to merge a partial write: {e}; its other sectors are lost"
-                );
+            Err(e) if e.kind() == ErrorKind::Corrupt => {
+                if src.suspects.is_damaged(at, look.build) {
+                    tracing::error!(
+                        "block {block} cannot be read to merge a partial write: {e}; its other sectors are lost"
+                    );
+                } else {
+                    look.unproven.borrow_mut().get_or_insert(e);
+                }
                 return Ok(Base { data: None, mask: 0 });
             }
             // Garbage collection may have put it elsewhere.

@@ -62,7 +62,7 @@ impl Policy {
         }
     }
 
-    /// For uploads and reads behind a serving volume, which rather wait than fail: an hour a call. Who must
+    /// For the background of a serving volume, which rather waits than fails: an hour a call. Who must
     /// wait longer than that calls again.
     #[must_use]
     pub const fn background() -> Self {
@@ -71,8 +71,14 @@ impl Policy {
             base: Duration::from_millis(200),
             cap: Duration::from_secs(15),
             deadline: Duration::from_secs(3600),
-            until_allowed: true,
+            until_allowed: false,
         }
+    }
+
+    /// For lanes' reads of chunks, which wait for whatever may pass: as [`Policy::background`], refusals included.
+    #[must_use]
+    pub const fn serving() -> Self {
+        Self { until_allowed: true, ..Self::background() }
     }
 
     /// The pause before try `n` (the second is 1): full jitter, `random` spread over 0 ..= min(cap, base·2ⁿ⁻¹).
@@ -455,7 +461,7 @@ mod tests {
         let r = rig(refused());
         r.faults.put("k", OURS).await.expect("put");
         assert_eq!(r.retry.get("k").await.expect_err("at once").kind(), ErrorKind::Denied);
-        for (policy, waits) in [(Policy::attach(), false), (Policy::long_run(), false), (Policy::background(), true)] {
+        for (policy, waits) in [(Policy::attach(), false), (Policy::background(), false), (Policy::serving(), true)] {
             let mut script = refused();
             script[1] = (Op::Get, Fault::Before(ErrorKind::Full));
             let r = rig(script);
@@ -466,7 +472,7 @@ mod tests {
             assert_eq!(r.faults.calls(), if waits { 5 } else { 2 });
         }
         let r = rig(vec![(Op::Put, Fault::Before(ErrorKind::Denied)), (Op::Delete, Fault::Before(ErrorKind::Denied))]);
-        let retry = Retry::with_pacer(r.faults.clone(), Policy::background(), r.pacer);
+        let retry = Retry::with_pacer(r.faults.clone(), Policy::serving(), r.pacer);
         assert_eq!(retry.put("k", OURS).await.expect_err("no").kind(), ErrorKind::Denied);
         assert_eq!(retry.delete("k").await.expect_err("no").kind(), ErrorKind::Denied);
     }

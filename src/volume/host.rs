@@ -124,7 +124,7 @@ impl Host {
                     let store = Lazy::new(for_reads.store_url, for_reads.store_options);
                     let store = Arc::new(Metrics::new(Arc::new(store)));
                     served.count_store(store.clone());
-                    let reader = reader.over(Arc::new(Retry::new(store, Policy::background())));
+                    let reader = reader.over(Arc::new(Retry::new(store, Policy::serving())));
                     let gone = std::pin::pin!(served.until_gone());
                     select(std::pin::pin!(serve_reads(reads, reader)), gone).await;
                 };
