@@ -90,12 +90,17 @@ pub(super) fn create(url: &StoreUrl, opts: &StoreOptions, name: &str, create: &C
 pub(super) fn ensure(url: &StoreUrl, opts: &StoreOptions, name: &str, create: &CreateOptions) -> Result<()> {
     let opts = StoreOptions { create: true, ..opts.clone() };
     with_store(url, &opts, async |s| {
-        match admin::create(s, name, create, now_unix()).await {
+        let exists = match admin::create(s, name, create, now_unix()).await {
             Ok(_) => return Ok(()),
-            Err(e) if e.kind() == ErrorKind::Exists => {}
+            Err(e) if e.kind() == ErrorKind::Exists => e,
             Err(e) => return Err(e),
-        }
-        let there = admin::info(s, name).await?.size_bytes;
+        };
+        let there = match admin::info(s, name).await {
+            Ok(m) => m.size_bytes,
+            // Something is there, and it is no volume.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Err(exists),
+            Err(e) => return Err(e),
+        };
         if there == create.size_bytes {
             return Ok(());
         }

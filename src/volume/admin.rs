@@ -63,7 +63,7 @@ pub(super) async fn nothing_there(store: &dyn Store, name: &str) -> Result<()> {
     }
     exists(format!(
         "{} objects of a volume {name:?} without a manifest are in {}: an import or a deletion of it is under way, or was \
-         killed; if so, `vb-ublk volume delete {name}` removes them",
+         killed (then `vb-ublk volume delete {name}` removes them), or its manifest was lost (`vb-ublk volume rebuild {name}`)",
         left.len(),
         store.url()
     ))

@@ -194,8 +194,10 @@ impl Volumes {
         match (found, self.create_for(name)) {
             (Err(e), Some(create)) if e.kind() == ErrorKind::NotFound => {
                 match engine::create(&self.store, &self.store_options, name.as_str(), create) {
-                    // Somebody else was faster.
-                    Err(e) if e.kind() == ErrorKind::Exists => Ok(()),
+                    // Somebody else was faster, or there is something that is no volume.
+                    Err(e) if e.kind() == ErrorKind::Exists => {
+                        engine::size_of(&self.store, &self.store_options, name.as_str()).map(drop).map_err(|_| e)
+                    }
                     Err(e) => Err(e),
                     Ok(_) => {
                         tracing::info!(
