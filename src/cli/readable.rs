@@ -20,7 +20,7 @@ pub(super) fn space(s: &Value) -> String {
         n => format!(", {} of it in chunks of the volumes that it was cloned from", human_bytes(n)),
     };
     format!(
-        "{} logical, {} mapped{shared}; {} stored: {} live, {} garbage, {} for snapshots alone",
+        "{} logical, {} mapped{shared}; {} stored: {} live, {} garbage, {} kept for snapshots",
         bytes(s, "logical_bytes"),
         bytes(s, "mapped_bytes"),
         bytes(s, "stored_bytes"),
@@ -108,7 +108,7 @@ mod tests {
             "    put: 12, 1 failed, 4 MiB sent\n",
             "    get range: 1, 512 B received\n",
             "    space: 10 GiB logical, 3 GiB mapped, 1 GiB of it in chunks of the volumes that it was cloned from; 4 GiB stored: 2 GiB live, \
-             1 GiB garbage, 512 B for snapshots alone\n",
+             1 GiB garbage, 512 B kept for snapshots\n",
             "    garbage collection: 9 requests, 1 KiB read, 512 B written, 7 objects deleted\n",
         ] {
             assert!(said.contains(line), "{line:?} in\n{said}");

@@ -55,7 +55,7 @@ pub struct SpaceStatus {
     pub stored_bytes: u64,
     /// What the map names of them.
     pub live_bytes: u64,
-    /// What snapshots alone name.
+    /// What is kept for snapshots: what does not live of the chunks that they name, garbage among it.
     pub snapshot_bytes: u64,
     /// What nothing names, and what is lost to chunks that are not full.
     pub garbage_bytes: u64,

@@ -119,7 +119,7 @@ const GAUGES: &[Gauge] = &[
     ("space_live", In::Bytes, "What of the volume's own chunks it needs", |v| {
         v.background.space.and_then(|s| number(s.live_bytes))
     }),
-    ("space_snapshot", In::Bytes, "What of the volume's own chunks snapshots alone need", |v| {
+    ("space_snapshot", In::Bytes, "What is kept for snapshots: the rest of the chunks that they name", |v| {
         v.background.space.and_then(|s| number(s.snapshot_bytes))
     }),
     ("space_garbage", In::Bytes, "What of the volume's own chunks nobody needs", |v| {
