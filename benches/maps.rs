@@ -109,6 +109,12 @@ fn sequential() -> Maps {
 /// `n` draws of blocks of 1 TiB, in groups of 16 Ki blocks as a packer would make them.
 fn random(n: u64) -> Maps {
     let maps = Maps::new(TIB_BLOCKS * 8);
+    println!("random groups: {:.0} ns per block applied", ns(scatter(&maps, n, 1), n));
+    maps
+}
+
+/// The same over what there is, in chunks from number `first` on. Returns the time that the map took.
+fn scatter(maps: &Maps, n: u64, first: u64) -> Duration {
     let mut rng = Rng(7);
     let mut took = Duration::ZERO;
     for group in 0..n / 16384 {
@@ -116,7 +122,7 @@ fn random(n: u64) -> Maps {
         blocks.sort_unstable();
         blocks.dedup();
         let extents = blocks.iter().enumerate().map(|(i, &b)| {
-            let at = Location::new(0, ChunkNo(1 + group * 17 + i as u64 / 1016), (i % 1016) as u16);
+            let at = Location::new(0, ChunkNo(first + group * 17 + i as u64 / 1016), (i % 1016) as u16);
             GroupExtent { block: BlockNo(b), blocks: 1, to: Some(at) }
         });
         let update = GroupUpdate { last: Seq(1), extents: extents.collect(), touched: Vec::new() };
@@ -124,8 +130,23 @@ fn random(n: u64) -> Maps {
         maps.apply_group(&update);
         took += start.elapsed();
     }
-    println!("random groups: {:.0} ns per block applied", ns(took, n));
-    maps
+    took
+}
+
+/// What `snapshot diff` and an increment ask for: the changes since an image, and the same where nothing is shared with it, as after
+/// both were read from the store.
+fn changes(maps: &Maps, what: &str, rewritten: u64) {
+    let old = maps.base_image();
+    scatter(maps, rewritten, 1 << 30);
+    let new = maps.base_image();
+    let start = Instant::now();
+    let n = BaseImage::changes(&old, &new).count();
+    let shared = start.elapsed();
+    let mut read = BaseImage::empty(old.volume_blocks());
+    read.apply_runs(&old.runs().collect::<Vec<_>>());
+    let start = Instant::now();
+    assert_eq!(BaseImage::changes(&read, &new).count(), n);
+    println!("changes of {what}: {n} stretches in {shared:.2?}; with nothing shared {:.2?}", start.elapsed());
 }
 
 /// Every block of 64 GiB at a random place.
@@ -176,6 +197,7 @@ fn discard(maps: &Maps, what: &str) {
 fn main() {
     let maps = sequential();
     report("sequential 1 TiB", &maps);
+    changes(&maps, "1 TiB mapped sequentially, of which 1 M random blocks were rewritten", 1 << 20);
     discard(&maps, "1 TiB mapped sequentially");
     let maps = Maps::new(2 * TIB_BLOCKS * 8);
     discard(&maps, "2 TiB unmapped");

@@ -159,8 +159,8 @@ refused() {
 	grep -q '^vb-ublk: ' "$W/refused.err" || fail "the message does not begin with 'vb-ublk: '"
 }
 
-# What a command that failed must leave as it was: the sum over a folder's names and contents.
-sum_of() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 -r sha256sum | sha256sum); }
+# What a command that failed must leave as it was: a folder's files, none written anew, not even with what was there.
+sum_of() { (cd "$1" && find . -type f -printf '%P %s %i %T@\n' | sort | sha256sum); }
 
 now_ms() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
 
