@@ -475,3 +475,22 @@ pub fn map_extents(h: &ChunkHeader, source: u8) -> Vec<GroupExtent> {
 pub fn key_of(prefix: &str, h: &ChunkHeader) -> String {
     header::key(prefix, h.chunk, h.epoch, h.nonce)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_is_damaged_after_builds_not_after_blocks() {
+        let (suspects, chunk, other) =
+            (Suspects::default(), Location::new(0, ChunkNo(3), 9), Location::new(0, ChunkNo(4), 9));
+        for build in 1..Suspects::ENOUGH.into() {
+            for index in 0..20 {
+                assert!(!suspects.is_damaged(Location::new(0, ChunkNo(3), index), build), "build {build}");
+            }
+        }
+        assert!(!suspects.is_damaged(other, 6) && suspects.is_damaged(chunk, 6) && suspects.is_damaged(chunk, 6));
+        suspects.is_well(chunk);
+        assert!(!suspects.is_damaged(chunk, 7));
+    }
+}
