@@ -9,7 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{ObjectMeta, Op, Precondition, Store, Version};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, Result};
 
 /// The counters of one kind of call since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -144,9 +144,8 @@ impl Metrics {
         let c = &self.counters[op as usize];
         c.requests.fetch_add(1, Ordering::Relaxed);
         // A refusal, or that there is no such object, is an answer; but readers wait for refusals to pass.
-        let is_read = matches!(op, Op::Get | Op::GetRange);
-        let waits = |k: ErrorKind| k.is_transient() || is_read && matches!(k, ErrorKind::Denied | ErrorKind::Full);
-        let silence = result.as_ref().err().filter(|e| waits(e.kind())).map(ToString::to_string);
+        let waits = |e: &&Error| e.kind().is_transient() || op.may_be_let_in_later(e.kind());
+        let silence = result.as_ref().err().filter(waits).map(ToString::to_string);
         *self.silence.lock().unwrap_or_else(PoisonError::into_inner) = silence;
         match &result {
             Ok(value) => {

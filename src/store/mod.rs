@@ -112,6 +112,12 @@ impl Op {
     /// All of them, in the order of their discriminants.
     pub const ALL: [Self; 6] = [Self::Get, Self::GetRange, Self::Put, Self::PutIf, Self::List, Self::Delete];
 
+    /// Whether the same call may be let in later though it was refused like that: a read, while somebody changes keys, a clock is
+    /// wrong, or a server that has no room says so to whatever it is asked.
+    pub(crate) const fn may_be_let_in_later(self, why: ErrorKind) -> bool {
+        matches!(self, Self::Get | Self::GetRange) && matches!(why, ErrorKind::Denied | ErrorKind::Full)
+    }
+
     /// What people read: `reading`, `writing`, …
     #[must_use]
     pub const fn verb(self) -> &'static str {

@@ -1,7 +1,8 @@
 //! Bounded retries with exponential backoff and full jitter, for errors that may pass by themselves.
 //!
 //! Invariants:
-//! - Only errors of a transient kind are retried, and refusals of reads where the policy says so; a [`Policy`] bounds the tries and the whole time.
+//! - Only errors of a transient kind are retried, and refusals of reads where the policy says so; a [`Policy`] bounds the tries and
+//!   the whole time.
 //! - A conditional put is never sent again before a look at the object: after a try whose outcome is not
 //!   known, equal bytes mean that it had landed (success), another content that somebody else wrote
 //!   (`Conflict`). So bodies that are written conditionally must differ between writers; the manifest's
@@ -32,8 +33,7 @@ pub struct Policy {
     pub cap: Duration,
     /// Bound on the whole call: tries and pauses.
     pub deadline: Duration,
-    /// Reads that are refused are tried again, too: somebody is changing keys, a clock is wrong, or a server that has no room says so
-    /// to whatever it is asked.
+    /// Reads that are refused are tried again, too ([`Op::may_be_let_in_later`]).
     pub until_allowed: bool,
 }
 
@@ -170,10 +170,8 @@ impl Tries<'_> {
 
     /// Waits before the next try, or gives `error` back when there must be none.
     async fn wait_or_fail(&self, error: Error) -> Result<()> {
-        let allowed_later = self.retry.policy.until_allowed
-            && matches!(self.op, Op::Get | Op::GetRange)
-            && matches!(error.kind(), ErrorKind::Denied | ErrorKind::Full);
-        if !error.kind().is_transient() && !allowed_later {
+        let later = self.retry.policy.until_allowed && self.op.may_be_let_in_later(error.kind());
+        if !error.kind().is_transient() && !later {
             return Err(error);
         }
         let pause = self.retry.policy.pause(self.made, self.retry.pacer.random());

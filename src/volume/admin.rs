@@ -6,7 +6,7 @@ use super::snapshots::{forget_parent, mark_deleted, not_needed};
 use crate::config::split_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, By, Manifest, Published};
-use crate::store::Store;
+use crate::store::{Store, list_folder};
 
 const PARALLEL_DELETES: usize = 16;
 
@@ -56,8 +56,7 @@ pub(super) async fn nothing_there(store: &dyn Store, name: &str) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => {}
         Err(e) => return Err(e.context(format!("looking for a volume {name:?} in {}", store.url()))),
     }
-    let left = store.list(&manifest::prefix(name), None).await;
-    let left = left.map_err(|e| e.context(format!("listing what there is of {name:?} in {}", store.url())))?;
+    let left = list_folder(store, &manifest::prefix(name)).await?;
     if left.is_empty() {
         return Ok(());
     }

@@ -10,7 +10,7 @@
 mod flatten;
 mod steps;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -134,8 +134,8 @@ pub(super) struct Gc {
     grown: u64,
     pace: Pace,
     looked: Duration,
-    /// Objects for nobody, by when they were first seen.
-    orphans: Vec<(Duration, String)>,
+    /// Objects for nobody, and when they were first seen.
+    orphans: BTreeMap<String, Duration>,
     /// Those of an order: the store is to be listed again for it; they have been tried.
     relist: bool,
     orphans_tried: bool,
@@ -181,7 +181,7 @@ impl Gc {
             grown: 0,
             pace: Pace::default(),
             looked: Duration::ZERO,
-            orphans: Vec::new(),
+            orphans: BTreeMap::new(),
             relist: false,
             orphans_tried: false,
             untidy: 0,
@@ -382,8 +382,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let plan = gc.plan.get_or_insert_with(|| plan(&known.usage, &known.held, &gc.bounds, policy));
         // Whoever uploaded them has lost the volume, and nothing can make them count: an order does not wait, once.
         let at_once = ordered && !gc.orphans_tried;
-        let is_over = |o: &&(Duration, String)| at_once || now.saturating_sub(o.0) >= policy.grace;
-        let others: Vec<String> = gc.orphans.iter().filter(is_over).map(|o| o.1.clone()).collect();
+        let is_over = |seen: Duration| at_once || now.saturating_sub(seen) >= policy.grace;
+        let others: Vec<String> = gc.orphans.iter().filter(|(_, s)| is_over(**s)).map(|(key, _)| key.clone()).collect();
         gc.orphans_tried |= ordered;
         if !plan.dead.is_empty() || !others.is_empty() || gc.untidy >= TIDY_AFTER {
             let dead = std::mem::take(&mut plan.dead);

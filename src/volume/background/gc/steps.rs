@@ -134,8 +134,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
         let orphans = result?;
         no_trouble(&self.volume);
-        let known_before: HashSet<String> = gc.orphans.iter().map(|o| o.1.clone()).collect();
-        gc.orphans.extend(orphans.into_iter().filter(|key| !known_before.contains(key)).map(|key| (now, key)));
+        for key in orphans {
+            gc.orphans.entry(key).or_insert(now);
+        }
         gc.space = known.usage.space(&known.held, of.last_chunk);
         if std::mem::take(&mut gc.joining) {
             gc.bounds.marks = known.usage.stored(of.last_chunk).filter(|c| c.1.is_marks()).count();
@@ -254,10 +255,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         no_trouble(&self.volume);
         gc.copied = copied;
         gc.bounds.refused.extend(s.refused.iter().map(|n| (*n, now)));
-        gc.orphans.retain(|o| !s.others.contains(&o.1));
+        for key in &s.others {
+            gc.orphans.remove(key);
+        }
         // One that could not be deleted waits once more.
         let grace = self.volume.gc.grace;
-        gc.orphans.iter_mut().filter(|o| now.saturating_sub(o.0) >= grace).for_each(|o| o.0 = now);
+        gc.orphans.values_mut().filter(|seen| now.saturating_sub(**seen) >= grace).for_each(|seen| *seen = now);
         gc.told.gc_deleted_chunks += s.chunks.len() as u64;
         gc.told.gc_deleted_objects += (s.chunks.len() + s.others.len()) as u64;
         if let Some(known) = &mut gc.known {
