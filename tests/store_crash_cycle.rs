@@ -7,6 +7,8 @@ mod load;
 mod nbd_support;
 #[path = "store_support/s3s.rs"]
 mod s3s;
+#[path = "store_support/s3s_thread.rs"]
+mod s3s_thread;
 mod support_rng;
 
 use std::time::Duration;
@@ -15,10 +17,10 @@ use garage::{Garage, NODES};
 use load::{Writer, all_is_there, under_load, writers};
 use nbd_support::client::Headers;
 use nbd_support::requests::{Client, Request};
-use nbd_support::server::{Bucket, Place, Server, Store, block_on};
+use nbd_support::server::{Bucket, Place, Server, Store};
 use nbd_support::{Ended, moto, pattern, pause, soak, wait_until};
 use nix::sys::signal::Signal;
-use s3s::S3sFs;
+use s3s_thread::S3sThread;
 use serde_json::Value;
 use support_rng::Rng;
 
@@ -99,22 +101,9 @@ fn over_moto() {
 
 #[test]
 fn over_s3s_fs() {
-    let (ended, end) = tokio::sync::oneshot::channel::<()>();
-    let (started, endpoint) = std::sync::mpsc::channel();
-    // It serves as long as somebody drives its runtime.
-    let server = std::thread::spawn(move || {
-        block_on(async {
-            let server = S3sFs::start().await;
-            server.make_bucket(BUCKET);
-            started.send(server.endpoint()).expect("the test waits");
-            let _ = end.await;
-        });
-    });
-    let endpoint = endpoint.recv().expect("s3s-fs starts");
-    let keys = (s3s::KEYS.0.to_owned(), s3s::KEYS.1.to_owned());
-    crash_cycle(Place::new(Store::S3(Bucket { endpoint, name: BUCKET, keys, moto: None })));
-    drop(ended);
-    server.join().expect("s3s-fs ends");
+    let server = S3sThread::start(&[BUCKET]);
+    crash_cycle(Place::new(Store::S3(s3s_thread::bucket(server.endpoint.clone(), BUCKET))));
+    server.stop();
 }
 
 /// A place whose requests go to node `n`.

@@ -4,6 +4,8 @@
 mod nbd_support;
 #[path = "store_support/s3s.rs"]
 mod s3s;
+#[path = "store_support/s3s_thread.rs"]
+mod s3s_thread;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -12,9 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nbd_support::client::Headers;
-use nbd_support::server::{Bucket, Place, Server, Store, block_on};
+use nbd_support::server::{Place, Server, Store};
 use nbd_support::{pattern, pause, wait_until};
-use s3s::S3sFs;
+use s3s_thread::{S3sThread, bucket};
 
 const MIB: u64 = 1 << 20;
 /// Of the volume, in the store alone when the trouble begins.
@@ -152,11 +154,9 @@ fn from_the_store(place: &Place) -> Server {
     place.serve("64M", &[])
 }
 
-fn goes_through(upstream: SocketAddr, bucket: &'static str, trouble: Mode) {
+fn goes_through(upstream: SocketAddr, name: &'static str, trouble: Mode) {
     let proxy = Proxy::start(upstream);
-    let keys = (s3s::KEYS.0.to_owned(), s3s::KEYS.1.to_owned());
-    let endpoint = format!("http://{}", proxy.addr);
-    let place = Place::new(Store::S3(Bucket { endpoint, name: bucket, keys, moto: None }));
+    let place = Place::new(Store::S3(bucket(format!("http://{}", proxy.addr), name)));
     let server = from_the_store(&place);
     let mut c = server.client(Headers::Extended);
     let mut other = server.client(Headers::Extended);
@@ -221,8 +221,6 @@ fn goes_through(upstream: SocketAddr, bucket: &'static str, trouble: Mode) {
 
 #[test]
 fn a_store_that_refuses_for_a_while_costs_nothing() {
-    let (ended, end) = tokio::sync::oneshot::channel::<()>();
-    let (started, upstream) = std::sync::mpsc::channel();
     let troubles = [
         ("slow", Mode::Slow(Duration::from_secs(2))),
         ("throttled", Mode::Refuses(503, "SlowDown")),
@@ -232,20 +230,12 @@ fn a_store_that_refuses_for_a_while_costs_nothing() {
         ("half", Mode::BreaksOff(150)),
         ("half-body", Mode::BreaksOff(900)),
     ];
-    let server = std::thread::spawn(move || {
-        block_on(async {
-            let server = S3sFs::start().await;
-            troubles.iter().for_each(|t| server.make_bucket(t.0));
-            started.send(server.endpoint()).expect("the test waits");
-            let _ = end.await;
-        });
-    });
-    let endpoint = upstream.recv().expect("s3s-fs starts");
-    let upstream: SocketAddr = endpoint.strip_prefix("http://").expect("an address").parse().expect("an address");
+    let server = S3sThread::start(&troubles.map(|t| t.0));
+    let upstream: SocketAddr =
+        server.endpoint.strip_prefix("http://").expect("an address").parse().expect("an address");
     // Side by side: they wait, for the most part.
     let all = troubles.map(|(bucket, t)| std::thread::spawn(move || goes_through(upstream, bucket, t)));
     let failed: Vec<_> = all.into_iter().filter_map(|t| t.join().err()).collect();
-    drop(ended);
-    server.join().expect("s3s-fs ends");
+    server.stop();
     assert!(failed.is_empty(), "{} of the troubles cost something", failed.len());
 }
