@@ -18,3 +18,10 @@ pub fn monotonic_now() -> Duration {
     // The clock exists on every Linux; were it missing, time would stand still rather than the program.
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
+
+/// The calendar's time, in seconds since 1970, for what people read: nothing is decided by it, so it may jump.
+#[must_use]
+#[allow(clippy::disallowed_methods)]
+pub fn now_unix() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

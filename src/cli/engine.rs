@@ -21,6 +21,7 @@ use crate::lane::{Lane, LaneDisk, LaneTimer};
 use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
+use crate::time::now_unix;
 use crate::units::Nonce;
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
@@ -70,11 +71,6 @@ fn with_shared<T>(
         let store: Arc<dyn Store> = Arc::new(Retry::new(store, policy));
         f(&store).await
     })
-}
-
-/// Seconds since 1970.
-pub(super) fn now_unix() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 pub(super) fn json(v: &impl serde::Serialize) -> Result<Value> {

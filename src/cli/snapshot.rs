@@ -18,7 +18,7 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
     match command {
         SnapshotCommand::Create { volume, name, json } => {
             whole(volume)?;
-            let created = engine::now_unix();
+            let created = crate::time::now_unix();
             let name = name.clone().unwrap_or_else(|| engine::moment(created));
             let order = Order::Snapshot { name: name.clone(), created };
             if !ordered(settings, volume, &order)? {

@@ -83,7 +83,7 @@ impl State {
             version: VERSION,
             volume,
             pid: std::process::id(),
-            started_unix_secs: super::engine::now_unix(),
+            started_unix_secs: crate::time::now_unix(),
             device: None,
             taken_from: None,
             nbd: Vec::new(),

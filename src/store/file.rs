@@ -506,7 +506,8 @@ mod tests {
         let (fresh, stale) = (dir.path().join("v/.vb-tmp-1-1-a"), dir.path().join("v/.vb-tmp-1-1-b"));
         fs::write(&fresh, "half").expect("write");
         let old = File::create(&stale).expect("create");
-        old.set_modified(std::time::SystemTime::now() - STALE * 2).expect("set the time");
+        let now = old.metadata().and_then(|m| m.modified()).expect("its time");
+        old.set_modified(now - STALE * 2).expect("set the time");
         s.put("v/k", Bytes::from_static(b"x")).await.expect("put");
         assert_eq!(s.list("", None).await.expect("list"), [ObjectMeta { key: "v/k".into(), size: 1 }]);
         assert!(fresh.exists() && !stale.exists());

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::future::select;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -26,6 +26,7 @@ use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
 use crate::store::{StoreOptions, StoreUrl, open};
+use crate::time::now_unix;
 use crate::units::{BLOCK, Nonce};
 use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
 use crate::wal::create::{MAX_LOG_BYTES, SuperblockFile, geometry_for};
@@ -207,8 +208,7 @@ pub async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: Chun
 /// This process, as a manifest names it.
 pub(crate) fn who() -> Writer {
     let host = nix::unistd::gethostname().map_or_else(|_| "unknown".to_owned(), |h| h.to_string_lossy().into_owned());
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    Writer { host, pid: std::process::id(), since }
+    Writer { host, pid: std::process::id(), since: now_unix() }
 }
 
 /// The two ways to the same store, over `backend`. The retries are above the counters: each try is a request.

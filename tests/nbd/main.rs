@@ -11,4 +11,5 @@ mod handshake;
 mod lifecycle;
 mod load;
 mod metrics;
+mod orders;
 mod sharing;

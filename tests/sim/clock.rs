@@ -1,13 +1,15 @@
 //! Time that goes on when the run says so, from one waiter's end to the next.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use vb_ublk::store::retry::Pacer;
 use vb_ublk::time::Timer;
 
 use crate::machine::Source;
@@ -23,7 +25,13 @@ struct State {
 
 /// Clones are one clock.
 #[derive(Clone, Default)]
-pub(crate) struct SimClock(Rc<RefCell<State>>);
+pub(crate) struct SimClock(Arc<Mutex<State>>);
+
+impl SimClock {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no panic holds it")
+    }
+}
 
 struct Sleep {
     clock: SimClock,
@@ -33,7 +41,7 @@ struct Sleep {
 impl Future for Sleep {
     type Output = ();
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let mut s = self.clock.0.borrow_mut();
+        let mut s = self.clock.state();
         let now = s.now;
         match s.sleepers.get_mut(&self.id) {
             Some((until, waker)) if *until > now => {
@@ -47,17 +55,17 @@ impl Future for Sleep {
 
 impl Drop for Sleep {
     fn drop(&mut self) {
-        self.clock.0.borrow_mut().sleepers.remove(&self.id);
+        self.clock.state().sleepers.remove(&self.id);
     }
 }
 
 impl Timer for SimClock {
     fn now(&self) -> Duration {
-        self.0.borrow().now
+        self.state().now
     }
 
     fn sleep(&self, d: Duration) -> impl Future<Output = ()> {
-        let mut s = self.0.borrow_mut();
+        let mut s = self.state();
         let (id, until) = (s.next, s.now + d);
         s.next += 1;
         s.sleepers.insert(id, (until, None));
@@ -69,13 +77,13 @@ impl Timer for SimClock {
 impl Source for SimClock {
     /// The next to end, alone: time does not go back.
     fn under_way(&self) -> Vec<u64> {
-        let s = self.0.borrow();
+        let s = self.state();
         let waiting = s.sleepers.iter().filter(|(_, (until, _))| *until > s.now);
         waiting.min_by_key(|(_, (until, _))| *until).map(|(id, _)| *id).into_iter().collect()
     }
 
     fn end(&self, id: u64, _: &mut Rng) -> bool {
-        let mut s = self.0.borrow_mut();
+        let mut s = self.state();
         let until = s.sleepers[&id].0;
         s.now = until;
         let due: Vec<Waker> =
@@ -87,5 +95,40 @@ impl Source for SimClock {
 
     fn is_patient(&self) -> bool {
         true
+    }
+}
+
+/// The clock and chance of calls that are tried again.
+pub(crate) struct SimPacer {
+    clock: SimClock,
+    rng: Mutex<Rng>,
+}
+
+impl SimPacer {
+    pub(crate) fn new(clock: SimClock, seed: u64) -> Self {
+        Self { clock, rng: Mutex::new(Rng(seed)) }
+    }
+}
+
+impl fmt::Debug for SimPacer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SimPacer")
+    }
+}
+
+#[async_trait]
+impl Pacer for SimPacer {
+    fn now(&self) -> Duration {
+        Timer::now(&self.clock)
+    }
+    async fn sleep(&self, d: Duration) {
+        // The bound of an hour on a call: where time goes on in leaps, from one sleeper to the next, it would end calls that take a moment.
+        if d > Duration::from_secs(600) {
+            std::future::pending::<()>().await;
+        }
+        Timer::sleep(&self.clock, d).await;
+    }
+    fn random(&self) -> u64 {
+        self.rng.lock().expect("no panic holds it").next()
     }
 }

@@ -58,8 +58,13 @@ const FOUND: [u64; 3] = [1830, 2094, 4675];
 
 /// Lives one after the other, each cut short somewhere; then the store alone.
 fn many_lives(seed: u64, world: &World) {
-    let load =
-        Load { lanes: 1 + seed as usize % 2, workers: 1 + seed as usize % 5, requests: 30, breaks: seed % 5 == 4 };
+    let load = Load {
+        lanes: 1 + seed as usize % 2,
+        workers: 1 + seed as usize % 5,
+        requests: 30,
+        breaks: seed % 5 == 4,
+        overlaps: false,
+    };
     // Some die again and again while they attach.
     let span = if seed.is_multiple_of(4) { 40 } else { 600 };
     for _ in 0..4 {
@@ -90,6 +95,29 @@ fn many_lives_keep_the_crash_rule() {
     }
 }
 
+/// The same with requests that overlap while they are in flight: each pair has one order, the same before and after any crash.
+#[test]
+fn writes_over_one_another_have_one_order() {
+    let mut all = world::Seen::default();
+    for seed in seeds(300) {
+        let _named = Named(seed);
+        let world = World::new(seed);
+        let load =
+            Load { lanes: 1 + seed as usize % 3, workers: 2, requests: 40, breaks: seed % 7 == 6, overlaps: true };
+        for _ in 0..3 {
+            world.life(load, 1 + world.draw(800));
+            world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
+        }
+        world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        assert!(all.judged > 1000 && all.twice > 3000, "{all:?}");
+    }
+}
+
 /// A log that is written over several times in each life: what is still needed must not be, and what says that it is not
 /// needed must be durable first.
 #[test]
@@ -98,7 +126,7 @@ fn a_small_log_turns_over() {
     for seed in seeds(20) {
         let _named = Named(seed);
         let world = World::tight(seed);
-        let load = Load { lanes: 2, workers: 8, requests: 150, breaks: false };
+        let load = Load { lanes: 2, workers: 8, requests: 150, breaks: false, overlaps: false };
         for _ in 0..4 {
             world.life(load, 1 + world.draw(6000));
             world.crash(if world.draw(3) == 0 { Crash::Process } else { Crash::Power });
@@ -119,7 +147,7 @@ fn no_room_is_used_again_before_the_mark_is_durable() {
     for seed in [3, 6, 9] {
         let _named = Named(seed);
         let world = World::tight(seed);
-        let load = Load { lanes: 2, workers: 8, requests: 1000, breaks: false };
+        let load = Load { lanes: 2, workers: 8, requests: 1000, breaks: false, overlaps: false };
         let (written, twice) = world.life_without_marks(load);
         assert!(written > 1 << 20, "{written} bytes fill no log of 2 MiB");
         assert!(!twice, "a slot was used again, and only memory knows that nobody needs it");
@@ -136,7 +164,7 @@ fn a_crash_at_every_operation() {
     for how in [Crash::Process, Crash::Power] {
         for at in 1..400 {
             let world = World::new(1);
-            let load = Load { lanes: 1, workers: 2, requests: 10, breaks: false };
+            let load = Load { lanes: 1, workers: 2, requests: 10, breaks: false, overlaps: false };
             world.life(load, at);
             world.crash(how);
             // Once more while recovering.
@@ -153,7 +181,7 @@ fn a_crash_at_every_operation() {
 /// cut short at each of its operations (in the short form at each fifth), by a death and by a power cut.
 #[test]
 fn a_crash_at_every_operation_of_keeping_house() {
-    let load = Load { lanes: 1, workers: 1, requests: 200, breaks: false };
+    let load = Load { lanes: 1, workers: 1, requests: 200, breaks: false, overlaps: false };
     let step = if std::env::var("VB_SIM_SEEDS").is_ok() { 1 } else { 5 };
     for (seed, clone) in [(6, false), (24, true)] {
         let whole = World::collecting(seed);
@@ -194,7 +222,13 @@ fn a_fenced_host_never_shows() {
     for seed in seeds(300) {
         let _named = Named(seed);
         let world = World::new(seed);
-        let load = Load { lanes: 1 + seed as usize % 2, workers: 1 + seed as usize % 3, requests: 40, breaks: false };
+        let load = Load {
+            lanes: 1 + seed as usize % 2,
+            workers: 1 + seed as usize % 3,
+            requests: 40,
+            breaks: false,
+            overlaps: false,
+        };
         world.life(load, 1 + world.draw(600));
         world.crash(Crash::Process);
         for _ in 0..2 {
@@ -222,6 +256,36 @@ fn the_same_seed_is_the_same_run() {
     assert_ne!(run(7), run(8));
 }
 
+/// Any call of the store may go without an answer, whatever came of it, or be refused, at any time: also manifests and checkpoints, reads and
+/// lists, while attaching, taking over and collecting. All of it waits or is tried again; nothing is lost, nobody takes himself for another.
+#[test]
+fn a_store_that_answers_one_call_and_not_the_next() {
+    let mut all = world::Seen::default();
+    for seed in seeds(60) {
+        let _named = Named(seed);
+        let world = World::rough(seed, 4 + seed % 20);
+        let load =
+            Load { lanes: 1, workers: 1 + seed as usize % 3, requests: 50, breaks: seed % 7 == 6, overlaps: true };
+        for _ in 0..3 {
+            if seed % 4 == 1 {
+                world.life_with_take_over(Load { breaks: false, ..load }, 200 + world.draw(2500));
+            } else {
+                world.life(load, 1 + world.draw(2500));
+            }
+            world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
+        }
+        world.life(Load { requests: 20, breaks: false, ..load }, u64::MAX);
+        world.look_at_snapshots();
+        world.lose_host();
+        world.life(Load { requests: 0, ..load }, u64::MAX);
+        world.look_at_snapshots();
+        all = all.plus(world.seen());
+    }
+    if std::env::var("VB_SIM_SEEDS").is_err() {
+        assert!(all.judged > 200 && all.refused > 5000 && all.snapshots > 100 && all.alone > 10, "{all:?}");
+    }
+}
+
 /// Garbage is collected all the time, with snapshots that come and go: nothing that anybody can reach is deleted, whoever dies when. Some
 /// volumes begin as clones, and come to stand alone: what they were made from is deleted then.
 #[test]
@@ -236,6 +300,7 @@ fn what_is_collected_is_garbage() {
             workers: if one { 1 } else { 3 },
             requests: if one { 120 } else { 60 },
             breaks: seed % 7 == 6,
+            overlaps: false,
         };
         for _ in 0..3 {
             if seed % 3 == 1 {

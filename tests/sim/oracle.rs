@@ -1,6 +1,7 @@
 //! The crash rule: which pasts of a volume may be found again.
 //!
-//! Writes in flight at the same time do not overlap here, so each sector has one order of its writes. There has to be a
+//! Each sector has one order of its writes, and of two that overlap while both are in flight all their sectors have the same one; which,
+//! is open until something tells: all orders that are possible are kept, and go as what is found speaks against them. There has to be a
 //! set of writes that is closed under "completed before the other was issued", holds all that must be there, and
 //! explains what every sector has. The smallest such set is looked for: it grows only where it must, so if it grows
 //! past what a sector shows, there is none.
@@ -8,7 +9,7 @@
 use std::collections::BTreeSet;
 
 /// A write, a discard or a zeroing.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Write {
     /// It leaves zeros.
     pub(crate) hole: bool,
@@ -33,35 +34,112 @@ pub(crate) enum After {
     Store,
 }
 
-/// All writes that are not known to be lost. A write's stamp is its number + 1; 0 are zeros.
-#[derive(Default)]
-pub(crate) struct Oracle {
-    pub(crate) writes: Vec<Write>,
-    /// For each sector, the writes to it, in order.
-    sectors: Vec<Vec<usize>>,
-    clock: u64,
-    /// How many completed writes crashes have taken, as they may.
-    pub(crate) taken: u64,
-}
+/// What is known: one [`Past`], or several of which one is the truth. They have the same writes.
+pub(crate) struct Oracle(Vec<Past>);
 
 impl Oracle {
     pub(crate) fn new(sectors: usize) -> Self {
-        Self { sectors: vec![Vec::new(); sectors], ..Self::default() }
+        Self(vec![Past { sectors: vec![Vec::new(); sectors], ..Past::default() }])
     }
 
+    pub(crate) fn issue(&mut self, lba: u64, sectors: u64, hole: bool) -> usize {
+        self.0.iter_mut().for_each(|p| p.issue(lba, sectors, hole, None));
+        self.issued() - 1
+    }
+
+    /// One that overlaps `other`, which is in flight: it comes after that, or before.
+    pub(crate) fn issue_beside(&mut self, lba: u64, sectors: u64, other: usize) -> usize {
+        let mut before = self.0.clone();
+        before.iter_mut().for_each(|p| p.issue(lba, sectors, false, Some(other)));
+        let id = self.issue(lba, sectors, false);
+        self.0.append(&mut before);
+        id
+    }
+
+    pub(crate) fn complete(&mut self, id: usize, fua: bool) {
+        self.0.iter_mut().for_each(|p| p.complete(id, fua));
+    }
+
+    pub(crate) fn in_doubt(&self, lba: u64, sectors: u64) -> bool {
+        self.0.iter().any(|p| p.in_doubt(lba, sectors))
+    }
+
+    pub(crate) fn completed(&self) -> Vec<usize> {
+        self.0[0].completed()
+    }
+
+    pub(crate) fn mark(&mut self, ids: &[usize], how: impl Fn(&mut Write)) {
+        self.0.iter_mut().for_each(|p| p.mark(ids, &how));
+    }
+
+    /// Nothing that is in flight touches these sectors, and this is what they have.
+    pub(crate) fn saw(&mut self, lba: u64, found: &[u64]) -> Result<(), String> {
+        let wanted = |p: &Past| (lba..).take(found.len()).map(|s| p.expected(s)).collect::<Vec<_>>();
+        let first = wanted(&self.0[0]);
+        self.0.retain(|p| wanted(p) == found);
+        if self.0.is_empty() { Err(format!("from sector {lba} on it is {found:?}, and not {first:?}")) } else { Ok(()) }
+    }
+
+    pub(crate) fn expected(&self, sector: u64) -> u64 {
+        self.0[0].expected(sector)
+    }
+
+    pub(crate) fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
+        let mut why = None;
+        let mut possible = Vec::new();
+        for mut p in self.0.clone() {
+            match p.judge(after, found) {
+                // An order of what is lost is no difference.
+                Ok(()) if possible.contains(&p) => {}
+                Ok(()) => possible.push(p),
+                Err(e) => _ = why.get_or_insert(e),
+            }
+        }
+        if possible.is_empty() {
+            return Err(why.expect("a past"));
+        }
+        self.0 = possible;
+        Ok(())
+    }
+
+    /// How many writes there were.
+    pub(crate) fn issued(&self) -> usize {
+        self.0[0].writes.len()
+    }
+
+    /// How many completed writes crashes have taken, as they may.
+    pub(crate) fn taken(&self) -> u64 {
+        self.0[0].taken
+    }
+}
+
+/// All writes that are not known to be lost. A write's stamp is its number + 1; 0 are zeros.
+#[derive(Clone, Default, PartialEq)]
+struct Past {
+    writes: Vec<Write>,
+    /// For each sector, the writes to it, in order.
+    sectors: Vec<Vec<usize>>,
+    clock: u64,
+    taken: u64,
+}
+
+impl Past {
     fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
     }
 
-    pub(crate) fn issue(&mut self, lba: u64, sectors: u64, hole: bool) -> usize {
+    /// After all others, but for one that it may come before.
+    fn issue(&mut self, lba: u64, sectors: u64, hole: bool, before: Option<usize>) {
         let (id, issued) = (self.writes.len(), self.tick());
         self.writes.push(Write { hole, issued, acked: None, durable: false, drained: false, lost: false });
-        (lba..lba + sectors).for_each(|s| self.sectors[s as usize].push(id));
-        id
+        for history in &mut self.sectors[lba as usize..(lba + sectors) as usize] {
+            let place = history.iter().position(|w| Some(*w) == before).unwrap_or(history.len());
+            history.insert(place, id);
+        }
     }
 
-    pub(crate) fn complete(&mut self, id: usize, fua: bool) {
+    fn complete(&mut self, id: usize, fua: bool) {
         let now = self.tick();
         if self.writes[id].lost {
             return;
@@ -72,18 +150,18 @@ impl Oracle {
 
     /// Whether a write is known there of which nobody knows if it has come to be. A hole over another that is in doubt could not
     /// be told from it: the smallest set would hold the older one where the newer one is the truth (seed 4379).
-    pub(crate) fn in_doubt(&self, lba: u64, sectors: u64) -> bool {
+    fn in_doubt(&self, lba: u64, sectors: u64) -> bool {
         let doubtful = |id: &usize| self.writes[*id].acked.is_none();
         (lba..lba + sectors).any(|s| self.sectors[s as usize].iter().any(doubtful))
     }
 
     /// The completed writes.
-    pub(crate) fn completed(&self) -> Vec<usize> {
+    fn completed(&self) -> Vec<usize> {
         (0..self.writes.len()).filter(|id| self.writes[*id].acked.is_some()).collect()
     }
 
     /// Those of `ids` that are not lost.
-    pub(crate) fn mark(&mut self, ids: &[usize], how: impl Fn(&mut Write)) {
+    fn mark(&mut self, ids: &[usize], how: impl Fn(&mut Write)) {
         for id in ids {
             let w = &mut self.writes[*id];
             if !w.lost {
@@ -97,12 +175,12 @@ impl Oracle {
     }
 
     /// What a sector has while nothing that is in flight touches it.
-    pub(crate) fn expected(&self, sector: u64) -> u64 {
+    fn expected(&self, sector: u64) -> u64 {
         self.sectors[sector as usize].last().map_or(0, |id| self.stamp(*id))
     }
 
     /// Judges what is found after a crash, and forgets what is lost: that must not come back.
-    pub(crate) fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
+    fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
         let must = |w: &Write| match after {
             After::Process => w.acked.is_some(),
             After::Power => w.durable,
@@ -192,7 +270,7 @@ mod tests {
             three().judge(After::Process, &found).unwrap_err();
         }
         let mut o = three();
-        o.writes[1].durable = true;
+        o.mark(&[1], |w| w.durable = true);
         o.judge(After::Power, &[1, 0]).unwrap_err();
     }
 
@@ -200,7 +278,7 @@ mod tests {
     fn the_lost_stay_lost_and_the_found_stay_found() {
         let mut o = three();
         o.judge(After::Power, &[1, 2]).unwrap();
-        assert_eq!(o.taken, 1);
+        assert_eq!(o.taken(), 1);
         let id = o.issue(0, 1, true);
         o.complete(id, false);
         assert_eq!((o.expected(0), o.expected(1)), (0, 2));
@@ -229,7 +307,7 @@ mod tests {
             let newer = o.issue(0, 1, false);
             o.complete(newer, false);
             o.judge(After::Process, &[2, 0]).unwrap();
-            assert_eq!(o.judge(After::Store, &[first, 0]).is_ok() && o.sectors[0].len() == 1, good);
+            assert_eq!(o.judge(After::Store, &[first, 0]).is_ok() && o.0[0].sectors[0].len() == 1, good);
         }
         let mut o = Oracle::new(2);
         o.issue(0, 2, false);
@@ -249,6 +327,41 @@ mod tests {
             }
             o.issue(0, 1, false);
             o.judge(After::Process, &found.map(|s| if s == 4 { 3 } else { s })).unwrap();
+        }
+    }
+
+    /// Two sectors; 1 to both, then 2 and 3 to both at the same time.
+    fn two_at_once() -> Oracle {
+        let mut o = Oracle::new(2);
+        let first = o.issue(0, 2, false);
+        o.complete(first, false);
+        let one = o.issue(0, 2, false);
+        o.issue_beside(0, 2, one);
+        o
+    }
+
+    #[test]
+    fn of_two_at_once_all_sectors_tell_the_same_order() {
+        for found in [[1, 1], [2, 2], [3, 3]] {
+            two_at_once().judge(After::Process, &found).unwrap();
+        }
+        for found in [[2, 3], [3, 2], [1, 2], [0, 0]] {
+            two_at_once().judge(After::Process, &found).unwrap_err();
+        }
+        let mut o = two_at_once();
+        o.complete(1, false);
+        o.complete(2, false);
+        o.judge(After::Process, &[1, 1]).unwrap_err();
+        for shown in [2, 3] {
+            let mut o = two_at_once();
+            o.complete(1, false);
+            o.complete(2, false);
+            o.saw(0, &[2, 3]).unwrap_err();
+            let mut o = two_at_once();
+            o.complete(1, false);
+            o.complete(2, false);
+            o.saw(0, &[shown, shown]).unwrap();
+            o.judge(After::Process, &[5 - shown; 2]).unwrap_err();
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A store whose every call is two steps, its effect and its answer, each taken when the run says so.
 //!
-//! An answer may be lost after the effect, or the effect come long after the caller has given up, or has died.
+//! An answer may be lost after the effect, or the effect come long after the caller has given up, or has died. In a rough store
+//! this happens to every call, in the others to changes of chunks alone.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -39,7 +40,11 @@ struct State {
     steps: BTreeMap<u64, Step>,
     /// One in so many changes of a chunk is disturbed; 0: none.
     trouble: u64,
+    /// One in so many of all calls is; 0: none but those.
+    rough: u64,
     late: u64,
+    /// Calls other than changes of chunks that got no answer, or a refusal.
+    refused: u64,
 }
 
 /// Clones are one store.
@@ -100,14 +105,19 @@ impl Drop for Flying {
 }
 
 impl SimStore {
-    pub(crate) fn new(seed: u64, trouble: u64) -> Self {
-        let state = State { rng: Rng(seed), next: 0, steps: BTreeMap::new(), trouble, late: 0 };
+    pub(crate) fn new(seed: u64, trouble: u64, rough: u64) -> Self {
+        let state = State { rng: Rng(seed), next: 0, steps: BTreeMap::new(), trouble, rough, late: 0, refused: 0 };
         Self { objects: Arc::new(MemoryStore::new()), state: Arc::new(Mutex::new(state)) }
     }
 
     /// How many changes came after their caller had gone.
     pub(crate) fn late(&self) -> u64 {
         self.state().late
+    }
+
+    /// How many calls other than changes of chunks were disturbed.
+    pub(crate) fn refused(&self) -> u64 {
+        self.state().refused
     }
 
     /// The objects, without steps and troubles.
@@ -138,22 +148,25 @@ impl SimStore {
         }
     }
 
-    async fn change(&self, effect: Effect, may_fail: bool) -> Result<Option<Version>> {
+    /// 0: nothing happens to this call; else 1 to 3.
+    fn dice(&self, of_a_chunk: bool) -> u64 {
+        let mut s = self.state();
+        let n = if of_a_chunk { s.trouble } else { s.rough };
+        if n == 0 || s.rng.below(n) != 0 {
+            return 0;
+        }
+        s.refused += u64::from(!of_a_chunk);
+        1 + s.rng.below(3)
+    }
+
+    async fn change(&self, effect: Effect, of_a_chunk: bool) -> Result<Option<Version>> {
         let mut flying = Flying { store: self.clone(), effect: Some(effect) };
         self.step().await;
-        let dice = {
-            let mut s = self.state();
-            let hit = may_fail && s.trouble > 0 && {
-                let n = s.trouble;
-                s.rng.below(n) == 0
-            };
-            if hit { 1 + s.rng.below(3) } else { 0 }
-        };
-        let lost = || Error::new(ErrorKind::TimedOut, "no answer came");
+        let dice = self.dice(of_a_chunk);
         match dice {
             1 => {
                 flying.effect = None;
-                return Err(Error::new(ErrorKind::Throttled, "slow down"));
+                return Err(slow_down());
             }
             // The effect comes later, or never.
             2 => return Err(lost()),
@@ -167,10 +180,22 @@ impl SimStore {
 
     async fn look<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.step().await;
+        let dice = self.dice(false);
+        if dice == 1 {
+            return Err(slow_down());
+        }
         let result = call.await;
         self.step().await;
-        result
+        if dice > 1 { Err(lost()) } else { result }
     }
+}
+
+fn slow_down() -> Error {
+    Error::new(ErrorKind::Throttled, "slow down")
+}
+
+fn lost() -> Error {
+    Error::new(ErrorKind::TimedOut, "no answer came")
 }
 
 impl Source for SimStore {

@@ -16,6 +16,7 @@ use vb_ublk::gc::Policy;
 use vb_ublk::image::ImageSink;
 use vb_ublk::manifest::Published;
 use vb_ublk::store::Store;
+use vb_ublk::store::retry::{self, Retry};
 use vb_ublk::time::Timer;
 use vb_ublk::units::{Lba, SECTOR};
 use vb_ublk::volume::admin::{self, CreateOptions};
@@ -25,10 +26,10 @@ use vb_ublk::volume::lane::VolumeLane;
 use vb_ublk::wal::codec::SLOTS_START;
 use vb_ublk::wal::log::Geometry;
 
-use life::{Life, live};
+use life::{Life, LifeStores, live};
 use shared::Shared;
 
-use crate::clock::SimClock;
+use crate::clock::{SimClock, SimPacer};
 use crate::clone;
 use crate::machine::{Crash, SimDisk, Source, Spawner, run_all};
 use crate::oracle::{After, Oracle};
@@ -60,6 +61,8 @@ pub(crate) struct Load {
     pub(crate) requests: usize,
     /// A write or a sync of the disk may fail.
     pub(crate) breaks: bool,
+    /// Some write at the same time over one another.
+    pub(crate) overlaps: bool,
 }
 
 /// What a run has met, to see that it did what it is for.
@@ -86,6 +89,10 @@ pub(crate) struct Seen {
     pub(crate) exact: u64,
     /// Clones that came to stand alone.
     pub(crate) alone: u64,
+    /// Calls of the store other than changes of chunks that were disturbed.
+    pub(crate) refused: u64,
+    /// Pairs of writes that overlapped in flight.
+    pub(crate) twice: u64,
 }
 
 impl Seen {
@@ -105,6 +112,8 @@ impl Seen {
             snapshots: self.snapshots + b.snapshots,
             exact: self.exact + b.exact,
             alone: self.alone + b.alone,
+            refused: self.refused + b.refused,
+            twice: self.twice + b.twice,
         }
     }
 }
@@ -147,28 +156,38 @@ async fn stamps(lane: &Lane, lba: u64, sectors: u64) -> Outcome<Vec<u64>> {
     Ok(buf.bytes().chunks(SECTOR).zip(lba..).map(|(b, s)| stamp_of(b, s)).collect())
 }
 
+/// Garbage is collected whenever there is any.
+fn always() -> Policy {
+    let none = Duration::ZERO;
+    Policy { start: 0.05, stop: 0.0, slack_blocks: 0, pause: none, grace: none, ..Policy::default() }
+}
+
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
-        Self::with(seed, GEOMETRY, Policy::off())
+        Self::with(seed, GEOMETRY, Policy::off(), 0)
     }
 
     /// One whose garbage is collected all the time.
     pub(crate) fn collecting(seed: u64) -> Self {
-        let none = std::time::Duration::ZERO;
-        let gc = Policy { start: 0.05, stop: 0.0, slack_blocks: 0, pause: none, grace: none, ..Policy::default() };
-        Self::with(seed, GEOMETRY, gc)
+        Self::with(seed, GEOMETRY, always(), 0)
+    }
+
+    /// The same, on a store that leaves one in `one_in` of all calls without an answer, whatever came of it, or refuses it.
+    pub(crate) fn rough(seed: u64, one_in: u64) -> Self {
+        let gc = if seed.is_multiple_of(2) { always() } else { Policy::off() };
+        Self::with(seed, GEOMETRY, gc, one_in)
     }
 
     /// One whose log turns over.
     pub(crate) fn tight(seed: u64) -> Self {
-        Self::with(seed, TIGHT, Policy::off())
+        Self::with(seed, TIGHT, Policy::off(), 0)
     }
 
-    fn with(seed: u64, geometry: Geometry, gc: Policy) -> Self {
+    fn with(seed: u64, geometry: Geometry, gc: Policy, rough: u64) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("dir");
         let mut rng = Rng(seed);
         // Every third world has a store that gives no trouble.
-        let store = SimStore::new(rng.next(), if seed.is_multiple_of(3) { 0 } else { 6 });
+        let store = SimStore::new(rng.next(), if seed.is_multiple_of(3) { 0 } else { 6 }, rough);
         let opts = CreateOptions { size_bytes: SECTORS * SECTOR as u64, logical_block: 512 };
         let plain: Arc<dyn Store> = store.plain();
         let is_clone = gc.enabled && seed % 5 > 2;
@@ -194,6 +213,7 @@ impl World {
             seen: Cell::default(),
             gc,
             snapshots: RefCell::default(),
+            rough: rough > 0,
             cloned_in: is_clone.then_some(plain),
         };
         Self {
@@ -239,7 +259,12 @@ impl World {
     }
 
     pub(crate) fn seen(&self) -> Seen {
-        Seen { taken: self.shared.oracle.borrow().taken, late: self.store.late(), ..self.shared.seen.get() }
+        Seen {
+            taken: self.shared.oracle.borrow().taken(),
+            late: self.store.late(),
+            refused: self.store.refused(),
+            ..self.shared.seen.get()
+        }
     }
 
     /// What has happened, to compare runs.
@@ -277,6 +302,21 @@ impl World {
         self.after.set(Some(After::Store));
     }
 
+    /// What a life calls: a rough store through the program's own retries.
+    fn stores(&self, clock: &SimClock) -> LifeStores {
+        let plain: Arc<dyn Store> = Arc::new(self.store.clone());
+        if !self.shared.rough {
+            return LifeStores { attach: plain.clone(), background: plain, reads: None };
+        }
+        let pacer = Arc::new(SimPacer::new(clock.clone(), self.shared.rng.borrow_mut().next()));
+        let retry = |policy| -> Arc<dyn Store> { Arc::new(Retry::with_pacer(plain.clone(), policy, pacer.clone())) };
+        LifeStores {
+            attach: retry(retry::Policy::attach()),
+            background: retry(retry::Policy::background()),
+            reads: Some(retry(retry::Policy::serving())),
+        }
+    }
+
     /// The present host's next life.
     fn next_life(&self, load: Load, clock: &SimClock, spawner: &Spawner) -> Life {
         Life {
@@ -284,7 +324,7 @@ impl World {
             me: self.hosts.get(),
             shared: self.shared.clone(),
             disk: self.disk.borrow().clone(),
-            store: Arc::new(self.store.clone()),
+            stores: self.stores(clock),
             file: self.file.borrow().clone(),
             clock: clock.clone(),
             spawner: spawner.clone(),
@@ -360,7 +400,7 @@ impl World {
 
     fn note(&self, ended: bool) {
         let o = self.shared.oracle.borrow();
-        self.trace.borrow_mut().push_str(&format!("{ended} {} {};", o.writes.len(), o.completed().len()));
+        self.trace.borrow_mut().push_str(&format!("{ended} {} {};", o.issued(), o.completed().len()));
     }
 }
 

@@ -1,5 +1,6 @@
 //! The volume over a real log file and a file store, without a frontend.
 
+mod at_once;
 mod dependants;
 mod diff;
 mod flatten;
@@ -13,7 +14,6 @@ mod support_rng;
 mod viperblock;
 #[path = "../volume_support/mod.rs"]
 mod volume_support;
-mod weak;
 
 use std::cell::Cell;
 use std::io;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use futures_util::future::{Either, select};
 use serde_json::{Map, Value};
 
-use super::{now_unix, with_policy, with_shared};
+use super::{with_policy, with_shared};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::viperblock::{self, Viperblock};
 use crate::image::{self, Below, ImageSource, Output};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
+use crate::time::now_unix;
 use crate::units::Nonce;
 use crate::volume::diff::Pair;
 use crate::volume::{export, import, increment};

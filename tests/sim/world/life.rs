@@ -27,13 +27,21 @@ use crate::machine::{SimDisk, Spawner};
 use crate::oracle::After;
 use crate::support_rng::Rng;
 
+/// One store, for three that use it.
+pub(super) struct LifeStores {
+    pub(super) attach: Arc<dyn Store>,
+    pub(super) background: Arc<dyn Store>,
+    /// For the reads of lanes, where they are not the background's.
+    pub(super) reads: Option<Arc<dyn Store>>,
+}
+
 /// What a life needs.
 pub(super) struct Life {
     pub(super) geometry: Geometry,
     pub(super) me: u32,
     pub(super) shared: Rc<Shared>,
     pub(super) disk: SimDisk,
-    pub(super) store: Arc<dyn Store>,
+    pub(super) stores: LifeStores,
     pub(super) file: Arc<DataFile>,
     pub(super) clock: SimClock,
     pub(super) spawner: Spawner,
@@ -59,15 +67,22 @@ impl Life {
 
     /// As often as it takes: what a dead process has sent may land at any time and look like another host.
     async fn attach(&self) -> Attached<SimDisk, SimClock> {
-        for _ in 0..20 {
+        let (mut races, mut silences) = (0, 0);
+        while races < 20 && silences < 1000 {
             match self.try_attach().await {
+                // Who attaches tries again, as a person or systemd does.
+                Err(e) if self.shared.rough && e.kind().is_transient() => {
+                    silences += 1;
+                    self.clock.sleep(Duration::from_millis(500)).await;
+                }
                 Err(e) if matches!(e.kind(), ErrorKind::Fenced | ErrorKind::Conflict) => {
                     self.shared.saw(|s| s.again += 1);
+                    races += 1;
                 }
                 attached => return attached.expect("attached"),
             }
         }
-        panic!("twenty attaches have lost a race against nobody");
+        panic!("{races} attaches have lost a race against nobody, and {silences} got no answer");
     }
 
     async fn try_attach(&self) -> Result<Attached<SimDisk, SimClock>> {
@@ -88,11 +103,11 @@ impl Life {
             writer: Writer { host: "sim".into(), pid: 1, since: 1 },
             nonce: Nonce(self.shared.rng.borrow_mut().next()),
         };
-        let stores = Stores { attach: self.store.clone(), background: self.store.clone() };
+        let stores = Stores { attach: self.stores.attach.clone(), background: self.stores.background.clone() };
         if self.resume {
             return resume(stores, "v", log, self.clock.clone(), request).await;
         }
-        let published = Published::load(&*self.store, "v").await?;
+        let published = Published::load(&*self.stores.attach, "v").await?;
         attach(stores, published, log, self.clock.clone(), request).await
     }
 
@@ -127,6 +142,10 @@ pub(super) async fn live(life: Life) {
     let shared = &life.shared;
     let Attached { volume, background, reads, reader } = life.attach().await;
     life.spawner.spawn(background.run());
+    let reader = match &life.stores.reads {
+        Some(store) => reader.over(store.clone()),
+        None => reader,
+    };
     life.spawner.spawn(serve_reads(reads, reader));
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
@@ -152,8 +171,8 @@ pub(super) async fn live(life: Life) {
         shared.busy.borrow_mut().clear();
     }
     life.judged.set(true);
-    let workers = (0..life.load.workers).flat_map(|_| &lanes);
-    let work = join_all(workers.map(|lane| shared.work(&life, lane, &volume)));
+    let workers = 0..life.load.workers * lanes.len();
+    let work = join_all(workers.map(|at| shared.work(&life, &lanes, at, &volume)));
     if life.without_marks {
         life.disk.hold_superblock();
         select(std::pin::pin!(work), std::pin::pin!(life.clock.sleep(Duration::from_secs(60)))).await;

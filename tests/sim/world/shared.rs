@@ -2,9 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::{ErrorKind, Result};
 use vb_ublk::gc::Policy;
@@ -42,6 +44,8 @@ pub(super) struct Shared {
     pub(super) gc: Policy,
     /// By name: what a snapshot has to hold, where it is known.
     pub(super) snapshots: RefCell<BTreeMap<String, Option<Vec<u64>>>>,
+    /// The store may leave any call without an answer.
+    pub(super) rough: bool,
     /// The store without its troubles, of a world whose volume began as a clone.
     pub(super) cloned_in: Option<Arc<dyn Store>>,
 }
@@ -87,15 +91,50 @@ impl Shared {
         match kind {
             0 => lane.discard(Lba(lba), sectors, fua).await?,
             1 => lane.write_zeroes(Lba(lba), sectors, fua).await?,
-            _ => {
-                let buf = IoBuf::zeroed(sectors as usize * SECTOR);
-                (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(id as u64 + 1, lba + s)));
-                lane.write(Lba(lba), buf, fua).await?;
-            }
+            _ => self.write_stamped(lane, id, lba, sectors, fua).await?,
         }
         self.oracle.borrow_mut().complete(id, fua);
         self.release(range);
         Ok(())
+    }
+
+    /// Two writes at once, on a lane each, the one over a part of the other; then what they have left is looked at.
+    pub(super) async fn write_twice(&self, lane: &Lane, other: &Lane, me: u32) -> Outcome<()> {
+        let Some(range) = self.range() else { return Ok(()) };
+        let Range { lba, sectors, .. } = range;
+        if self.oracle.borrow().in_doubt(lba, sectors) {
+            self.release(range);
+            return Ok(());
+        }
+        let from = lba + self.below(sectors);
+        let few = 1 + self.below(lba + sectors - from);
+        let first = self.oracle.borrow_mut().issue(lba, sectors, false);
+        let second = self.oracle.borrow_mut().issue_beside(from, few, first);
+        let write = |lane, id, lba, sectors, fua| async move {
+            self.write_stamped(lane, id, lba, sectors, fua).await?;
+            self.oracle.borrow_mut().complete(id, fua);
+            Ok(())
+        };
+        let (one, two) =
+            (write(lane, first, lba, sectors, self.below(6) == 0), write(other, second, from, few, self.below(6) == 0));
+        if self.below(2) == 0 {
+            try_join(one, two).await?
+        } else {
+            try_join(two, one).await?
+        };
+        let found = stamps(lane, lba, sectors).await?;
+        if self.owner.get() == Some(me) {
+            self.oracle.borrow_mut().saw(lba, &found).unwrap_or_else(|e| panic!("after two writes at once: {e}"));
+            self.saw(|s| s.twice += 1);
+        }
+        self.release(range);
+        Ok(())
+    }
+
+    async fn write_stamped(&self, lane: &Lane, id: usize, lba: u64, sectors: u64, fua: bool) -> Outcome<()> {
+        let buf = IoBuf::zeroed(sectors as usize * SECTOR);
+        (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(id as u64 + 1, lba + s)));
+        lane.write(Lba(lba), buf, fua).await
     }
 
     pub(super) async fn read(&self, lane: &Lane, me: u32) -> Outcome<()> {
@@ -188,7 +227,8 @@ impl Shared {
         }
     }
 
-    pub(super) async fn work(&self, life: &Life, lane: &Lane, volume: &Volume) {
+    pub(super) async fn work(&self, life: &Life, lanes: &[Rc<Lane>], at: usize, volume: &Volume) {
+        let lane = &lanes[at % lanes.len()];
         let (me, clock) = (life.me, &life.clock);
         for _ in 0..life.load.requests {
             if life.load.breaks && self.below(60) == 0 {
@@ -215,6 +255,7 @@ impl Shared {
                 }
                 2..4 => self.flush(lane).await,
                 4..12 => self.read(lane, me).await,
+                12..16 if life.load.overlaps => self.write_twice(lane, &lanes[(at + 1) % lanes.len()], me).await,
                 _ => self.write(lane).await,
             };
             if let Err(e) = done {
