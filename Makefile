@@ -77,12 +77,12 @@ bench: build
 	scripts/bench/guest
 
 lint: setup-build setup-lint
-	scripts/test lint
+	scripts/test lint deny
 
 fmt:
 	$(CARGO) fmt
 
-deny: setup-lint
+deny: setup-deny
 	$(DENY) check
 
 clean:

@@ -232,11 +232,17 @@ fn making_a_clone_costs_the_same_whatever_the_size() {
     });
     snapshot(host.volume(), "s").unwrap();
     let store = Arc::new(Metrics::new(bench.store()));
-    let begun = std::time::Instant::now();
     // Of a volume that is attached, too.
-    block_on(snapshots::clone(&*store, "vol", "s", "c", None, 1)).unwrap();
-    assert!(begun.elapsed() < std::time::Duration::from_millis(500), "{:?}", begun.elapsed());
+    let made = |name: &str| {
+        let begun = std::time::Instant::now();
+        block_on(snapshots::clone(&*store, "vol", "s", name, None, 1)).unwrap();
+        begun.elapsed()
+    };
+    let first = made("c");
     let sent = store.snapshot();
+    // The best of three, on a machine that does other things as well.
+    let took = first.min(made("c2")).min(made("c3"));
+    assert!(took < std::time::Duration::from_millis(100), "{took:?}");
     assert_eq!(
         (sent.get.requests, sent.put.requests, sent.put_if.requests, sent.list.requests),
         (3, 1, 1, 1),
