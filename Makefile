@@ -50,6 +50,7 @@ soak: setup-build setup-test setup-garage
 		--test store_conformance --test store_crash_cycle --test volume_rewrite
 	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
 	$(MAKE) build
+	scripts/e2e/run --long --store file --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" 30 40 45
 	scripts/e2e/run --store s3 --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"
 	scripts/e2e/boot --clones --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"
 	$(MAKE) soak-guest

@@ -2,6 +2,8 @@
 
 #[expect(dead_code, reason = "no disk image is made")]
 mod image_support;
+#[path = "store_support/s3s.rs"]
+mod s3s;
 mod support_rng;
 mod viperblock_support;
 #[expect(dead_code, reason = "nothing is drained")]
@@ -12,6 +14,7 @@ use std::path::Path;
 
 use image_support::{bench, command, failed, fails, json, objects, ok, path};
 use serde_json::json as js;
+use vb_ublk::store::{self, StaticCredentials, StoreOptions};
 use viperblock_support::{AGES, Bucket, Volume, tag_of};
 
 /// The bucket as a folder.
@@ -94,4 +97,70 @@ fn what_cannot_be_imported_leaves_nothing() {
     fails(&bench, &["import", "--viperblock", "v", "--from", "gopher://x", "--volume", "v"], 2, &["gopher"]);
     let out = command(&bench, &import).env("LC_ALL", "C").output().unwrap();
     failed(&out, 1, &["vol-0123abcd"]);
+}
+
+/// The bucket that they are in has a server of its own; where the new volume goes is none of its business.
+#[test]
+fn from_a_bucket_on_another_server() {
+    let bench = bench();
+    let mut bucket = Bucket::default();
+    let mut volume = Volume::new("vol-0123abcd", 64, AGES[3], 10);
+    (0..64).for_each(|b| volume.write(b, b + 1));
+    volume.upload(&mut bucket, 64);
+    volume.checkpoint(&mut bucket, true, 0);
+    let want = volume.model.clone();
+    volume.crash(&mut bucket);
+    // It serves as long as somebody drives its runtime.
+    let ((started, endpoint), (ended, end)) = (std::sync::mpsc::channel(), tokio::sync::oneshot::channel::<()>());
+    let serving = std::thread::spawn(move || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let old = s3s::S3sFs::start().await;
+            old.make_bucket("predastore");
+            let (access_key, secret_key) = (s3s::KEYS.0.into(), s3s::KEYS.1.into());
+            let credentials = Some(StaticCredentials { access_key, secret_key, session_token: None });
+            let region = Some("us-east-1".to_owned());
+            let opts = StoreOptions { endpoint: Some(old.endpoint()), region, credentials, ..StoreOptions::default() };
+            let store = store::open(&"s3://predastore".parse().unwrap(), &opts).await.unwrap();
+            for (key, bytes) in bucket.objects {
+                store.put(&key, bytes.into()).await.unwrap();
+            }
+            started.send(old.endpoint()).unwrap();
+            let _ = end.await;
+        });
+    });
+    let endpoint = endpoint.recv().unwrap();
+    fs::write(
+        path(&bench, "credentials"),
+        format!("[old]\naws_access_key_id={}\naws_secret_access_key={}\n", s3s::KEYS.0, s3s::KEYS.1),
+    )
+    .unwrap();
+    // The server of the new volume's bucket, had it one, and keys for that.
+    let import = |more: &[&str]| {
+        let args = [
+            &[
+                "import",
+                "--viperblock",
+                "vol-0123abcd",
+                "--from",
+                "s3://predastore",
+                "--endpoint",
+                "http://127.0.0.1:9",
+            ],
+            more,
+        ]
+        .concat();
+        let keys = [("AWS_ACCESS_KEY_ID", "new"), ("AWS_SECRET_ACCESS_KEY", "new")];
+        let files =
+            [("AWS_SHARED_CREDENTIALS_FILE", "credentials"), ("AWS_CONFIG_FILE", "none"), ("AWS_REGION", "us-east-1")];
+        command(&bench, &args).envs(keys).envs(files).output().unwrap()
+    };
+    let of_its_own = ["--from-endpoint", &endpoint, "--from-profile", "old", "--from-region", "eu-north-1"];
+    failed(&import(&of_its_own[..2]), 1, &["predastore"]);
+    let out = import(&of_its_own);
+    assert!(out.status.success(), "{out:?}");
+    ok(&bench, &["export", "vol-0123abcd", "out.raw"]);
+    assert_eq!(image_of(&path(&bench, "out.raw")), want);
+    fails(&bench, &["import", "x.raw", "--volume", "v", "--from-endpoint", &endpoint], 2, &["--from"]);
+    drop(ended);
+    serving.join().unwrap();
 }

@@ -13,7 +13,7 @@ use super::settings::Settings;
 use super::signals::Signals;
 use crate::config::VolumeName;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::StoreUrl;
+use crate::store::{StoreOptions, StoreUrl};
 use crate::units::human_bytes;
 
 /// More than this is no metadata.
@@ -59,7 +59,14 @@ fn source(settings: &Settings, args: &ImportArgs) -> Result<(From, String)> {
         };
         let what = format!("{volume} of Viperblock's in {store}");
         let (volume, wal_dir, accept_loss) = (volume.clone(), args.viperblock_wal.clone(), args.accept_loss);
-        return Ok((From::Viperblock { volume, store, wal_dir, accept_loss }, what));
+        let of_target = settings.store_options.clone();
+        let options = StoreOptions {
+            endpoint: args.from_endpoint.clone().or(of_target.endpoint),
+            region: args.from_region.clone().or(of_target.region),
+            profile: args.from_profile.clone().or(of_target.profile),
+            ..of_target
+        };
+        return Ok((From::Viperblock { volume, store, options, wal_dir, accept_loss }, what));
     }
     let Some(file) = args.file.clone() else {
         return Err(Error::new(ErrorKind::Usage, "there is nothing to import: name an image, or --viperblock"));

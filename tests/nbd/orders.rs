@@ -12,7 +12,8 @@ const MIB: usize = 1 << 20;
 #[test]
 fn snapshots_and_collection_go_on_under_a_client() {
     let place = Place::file();
-    let server = place.serve("64M", &["--linger", "60"]);
+    // Of all that there is, snapshots included.
+    let server = place.start(&["--listen", "127.0.0.1:0", "--create-size", "64M", "--linger", "60"]);
     let mut c = server.client(Headers::Structured);
     c.write(0, &pattern(0, 1, 1, 8 * MIB));
     assert_eq!(place.ok(&["snapshot", "create", "vol", "before"]), "vol@before\n");

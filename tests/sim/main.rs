@@ -103,7 +103,7 @@ fn writes_over_one_another_have_one_order() {
         let _named = Named(seed);
         let world = World::new(seed);
         let load =
-            Load { lanes: 1 + seed as usize % 3, workers: 2, requests: 40, breaks: seed % 7 == 6, overlaps: true };
+            Load { lanes: 1 + seed as usize % 2, workers: 2, requests: 40, breaks: seed % 7 == 6, overlaps: true };
         for _ in 0..3 {
             world.life(load, 1 + world.draw(800));
             world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
@@ -114,7 +114,7 @@ fn writes_over_one_another_have_one_order() {
         all = all.plus(world.seen());
     }
     if std::env::var("VB_SIM_SEEDS").is_err() {
-        assert!(all.judged > 1000 && all.twice > 3000, "{all:?}");
+        assert!(all.judged > 1000 && all.later > 1000 && all.earlier > 300, "{all:?}");
     }
 }
 
@@ -254,6 +254,18 @@ fn the_same_seed_is_the_same_run() {
     };
     assert_eq!(run(7), run(7));
     assert_ne!(run(7), run(8));
+    let rough = |seed| {
+        let world = World::rough(seed, 8);
+        let load = Load { lanes: 2, workers: 1, requests: 40, breaks: false, overlaps: true };
+        world.life(load, 900);
+        world.crash(Crash::Process);
+        world.life_with_take_over(load, 2000);
+        world.crash(Crash::Power);
+        world.life(load, u64::MAX);
+        format!("{} {:?}", world.trace(), world.seen())
+    };
+    assert_eq!(rough(8), rough(8));
+    assert_ne!(rough(8), rough(10));
 }
 
 /// Any call of the store may go without an answer, whatever came of it, or be refused, at any time: also manifests and checkpoints, reads and
@@ -264,8 +276,13 @@ fn a_store_that_answers_one_call_and_not_the_next() {
     for seed in seeds(60) {
         let _named = Named(seed);
         let world = World::rough(seed, 4 + seed % 20);
-        let load =
-            Load { lanes: 1, workers: 1 + seed as usize % 3, requests: 50, breaks: seed % 7 == 6, overlaps: true };
+        let load = Load {
+            lanes: 1 + seed as usize / 3 % 2,
+            workers: 1 + seed as usize % 3,
+            requests: 50,
+            breaks: seed % 7 == 6,
+            overlaps: true,
+        };
         for _ in 0..3 {
             if seed % 4 == 1 {
                 world.life_with_take_over(Load { breaks: false, ..load }, 200 + world.draw(2500));
@@ -282,7 +299,7 @@ fn a_store_that_answers_one_call_and_not_the_next() {
         all = all.plus(world.seen());
     }
     if std::env::var("VB_SIM_SEEDS").is_err() {
-        assert!(all.judged > 200 && all.refused > 5000 && all.snapshots > 100 && all.alone > 10, "{all:?}");
+        assert!(all.judged > 200 && all.refused > 2000 && all.snapshots > 100 && all.alone > 10, "{all:?}");
     }
 }
 

@@ -48,10 +48,11 @@ impl Oracle {
     }
 
     /// One that overlaps `other`, which is in flight: it comes after that, or before.
-    pub(crate) fn issue_beside(&mut self, lba: u64, sectors: u64, other: usize) -> usize {
+    pub(crate) fn issue_beside(&mut self, lba: u64, sectors: u64, hole: bool, other: usize) -> usize {
+        assert!(self.0.len() <= 1024, "so many orders are open at once");
         let mut before = self.0.clone();
-        before.iter_mut().for_each(|p| p.issue(lba, sectors, false, Some(other)));
-        let id = self.issue(lba, sectors, false);
+        before.iter_mut().for_each(|p| p.issue(lba, sectors, hole, Some(other)));
+        let id = self.issue(lba, sectors, hole);
         self.0.append(&mut before);
         id
     }
@@ -84,11 +85,12 @@ impl Oracle {
         self.0[0].expected(sector)
     }
 
-    pub(crate) fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
+    /// What was issued after `begun` is no part of what was to be found, but of what the present life has done already.
+    pub(crate) fn judge(&mut self, after: After, found: &[u64], begun: u64) -> Result<(), String> {
         let mut why = None;
         let mut possible = Vec::new();
         for mut p in self.0.clone() {
-            match p.judge(after, found) {
+            match p.judge(after, found, begun) {
                 // An order of what is lost is no difference.
                 Ok(()) if possible.contains(&p) => {}
                 Ok(()) => possible.push(p),
@@ -100,6 +102,11 @@ impl Oracle {
         }
         self.0 = possible;
         Ok(())
+    }
+
+    /// What a [`Past`] counts issues and completions by.
+    pub(crate) fn now(&self) -> u64 {
+        self.0[0].clock
     }
 
     /// How many writes there were.
@@ -180,7 +187,7 @@ impl Past {
     }
 
     /// Judges what is found after a crash, and forgets what is lost: that must not come back.
-    fn judge(&mut self, after: After, found: &[u64]) -> Result<(), String> {
+    fn judge(&mut self, after: After, found: &[u64], begun: u64) -> Result<(), String> {
         let must = |w: &Write| match after {
             After::Process => w.acked.is_some(),
             After::Power => w.durable,
@@ -212,14 +219,12 @@ impl Past {
                 break;
             }
         }
-        self.taken +=
-            self.writes.iter().enumerate().filter(|(id, w)| w.acked.is_some() && !set.contains(id)).count() as u64;
-        // One that was in flight may be there or not if each of its sectors is hidden by a newer one, or shows the zeros
-        // that it may have left: nothing has told yet.
+        // One that was in flight, or that nothing had made durable, may be there or not if each of its sectors is hidden by a newer one,
+        // or shows the zeros that it may have left: nothing has told yet.
         let may_be = |id: &usize| {
             let w = &self.writes[*id];
             let earlier = |e: &usize| self.writes[*e].acked.is_some_and(|a| a < w.issued);
-            w.acked.is_none() && !w.lost && !set.contains(id) && (0..*id).filter(earlier).all(|e| set.contains(&e))
+            !w.lost && !set.contains(id) && (0..*id).filter(earlier).all(|e| set.contains(&e))
         };
         let mut hidden: BTreeSet<usize> = (0..self.writes.len()).filter(may_be).collect();
         for (history, found) in self.sectors.iter().zip(found) {
@@ -232,11 +237,14 @@ impl Past {
         // What was found has been read from a log that was synced, or from the store.
         let now = self.tick();
         for (id, w) in self.writes.iter_mut().enumerate() {
+            self.taken += u64::from(w.acked.is_some() && !set.contains(&id) && !hidden.contains(&id));
             if set.contains(&id) {
                 w.acked.get_or_insert(now);
-                w.durable = true;
+                w.durable |= w.issued <= begun;
                 w.drained |= after == After::Store;
-            } else if !hidden.contains(&id) {
+            } else if hidden.contains(&id) {
+                w.acked = None;
+            } else {
                 (w.acked, w.durable, w.drained, w.lost) = (None, false, false, true);
             }
         }
@@ -261,30 +269,30 @@ mod tests {
     #[test]
     fn prefixes_and_nothing_else() {
         for found in [[0, 0], [1, 0], [1, 2], [3, 3]] {
-            three().judge(After::Power, &found).unwrap();
+            three().judge(After::Power, &found, u64::MAX).unwrap();
         }
         for found in [[0, 2], [3, 2], [1, 3], [2, 2], [3, 0]] {
-            three().judge(After::Power, &found).unwrap_err();
+            three().judge(After::Power, &found, u64::MAX).unwrap_err();
         }
         for found in [[0, 0], [1, 0], [1, 2]] {
-            three().judge(After::Process, &found).unwrap_err();
+            three().judge(After::Process, &found, u64::MAX).unwrap_err();
         }
         let mut o = three();
         o.mark(&[1], |w| w.durable = true);
-        o.judge(After::Power, &[1, 0]).unwrap_err();
+        o.judge(After::Power, &[1, 0], u64::MAX).unwrap_err();
     }
 
     #[test]
     fn the_lost_stay_lost_and_the_found_stay_found() {
         let mut o = three();
-        o.judge(After::Power, &[1, 2]).unwrap();
+        o.judge(After::Power, &[1, 2], u64::MAX).unwrap();
         assert_eq!(o.taken(), 1);
         let id = o.issue(0, 1, true);
         o.complete(id, false);
         assert_eq!((o.expected(0), o.expected(1)), (0, 2));
-        o.judge(After::Power, &[3, 3]).unwrap_err();
-        o.judge(After::Power, &[1, 2]).unwrap();
-        o.judge(After::Power, &[0, 2]).unwrap_err();
+        o.judge(After::Power, &[3, 3], u64::MAX).unwrap_err();
+        o.judge(After::Power, &[1, 2], u64::MAX).unwrap();
+        o.judge(After::Power, &[0, 2], u64::MAX).unwrap_err();
     }
 
     #[test]
@@ -297,8 +305,8 @@ mod tests {
             o.issue(0, 1, false);
             let newer = o.issue(0, 1, false);
             o.complete(newer, true);
-            o.judge(After::Process, &[3, 0]).unwrap();
-            o.judge(After::Store, &found).unwrap();
+            o.judge(After::Process, &[3, 0], u64::MAX).unwrap();
+            o.judge(After::Store, &found, u64::MAX).unwrap();
         }
         // Its second sector shows that it is not there; or, if that was zeros already, nothing.
         for (hole, first, good) in [(false, 0, false), (true, 0, true)] {
@@ -306,15 +314,28 @@ mod tests {
             o.issue(0, 2, hole);
             let newer = o.issue(0, 1, false);
             o.complete(newer, false);
-            o.judge(After::Process, &[2, 0]).unwrap();
-            assert_eq!(o.judge(After::Store, &[first, 0]).is_ok() && o.0[0].sectors[0].len() == 1, good);
+            o.judge(After::Process, &[2, 0], u64::MAX).unwrap();
+            assert_eq!(o.judge(After::Store, &[first, 0], u64::MAX).is_ok() && o.0[0].sectors[0].len() == 1, good);
         }
         let mut o = Oracle::new(2);
         o.issue(0, 2, false);
         let newer = o.issue(0, 1, false);
         o.complete(newer, false);
-        o.judge(After::Process, &[2, 0]).unwrap();
-        o.judge(After::Store, &[1, 0]).unwrap_err();
+        o.judge(After::Process, &[2, 0], u64::MAX).unwrap();
+        o.judge(After::Store, &[1, 0], u64::MAX).unwrap_err();
+    }
+
+    #[test]
+    fn what_the_present_life_has_done_before_it_is_judged_is_not_durable_yet() {
+        let mut o = Oracle::new(1);
+        let found = o.issue(0, 1, false);
+        o.complete(found, false);
+        let begun = o.now();
+        let early = o.issue(0, 1, false);
+        o.complete(early, false);
+        o.judge(After::Process, &[2], begun).unwrap();
+        o.judge(After::Power, &[1], u64::MAX).unwrap();
+        o.judge(After::Power, &[0], u64::MAX).unwrap_err();
     }
 
     #[test]
@@ -326,7 +347,7 @@ mod tests {
                 o.complete(id, true);
             }
             o.issue(0, 1, false);
-            o.judge(After::Process, &found.map(|s| if s == 4 { 3 } else { s })).unwrap();
+            o.judge(After::Process, &found.map(|s| if s == 4 { 3 } else { s }), u64::MAX).unwrap();
         }
     }
 
@@ -336,22 +357,29 @@ mod tests {
         let first = o.issue(0, 2, false);
         o.complete(first, false);
         let one = o.issue(0, 2, false);
-        o.issue_beside(0, 2, one);
+        o.issue_beside(0, 2, false, one);
         o
     }
 
     #[test]
     fn of_two_at_once_all_sectors_tell_the_same_order() {
         for found in [[1, 1], [2, 2], [3, 3]] {
-            two_at_once().judge(After::Process, &found).unwrap();
+            two_at_once().judge(After::Process, &found, u64::MAX).unwrap();
         }
         for found in [[2, 3], [3, 2], [1, 2], [0, 0]] {
-            two_at_once().judge(After::Process, &found).unwrap_err();
+            two_at_once().judge(After::Process, &found, u64::MAX).unwrap_err();
         }
         let mut o = two_at_once();
         o.complete(1, false);
         o.complete(2, false);
-        o.judge(After::Process, &[1, 1]).unwrap_err();
+        o.judge(After::Process, &[1, 1], u64::MAX).unwrap_err();
+        // The newer one hides the other, which may be all that has come to the store.
+        let mut o = two_at_once();
+        o.mark(&[0], |w| (w.durable, w.drained) = (true, true));
+        o.complete(1, false);
+        o.complete(2, false);
+        o.judge(After::Power, &[2, 2], u64::MAX).unwrap();
+        o.judge(After::Store, &[3, 3], u64::MAX).unwrap();
         for shown in [2, 3] {
             let mut o = two_at_once();
             o.complete(1, false);
@@ -361,7 +389,7 @@ mod tests {
             o.complete(1, false);
             o.complete(2, false);
             o.saw(0, &[shown, shown]).unwrap();
-            o.judge(After::Process, &[5 - shown; 2]).unwrap_err();
+            o.judge(After::Process, &[5 - shown; 2], u64::MAX).unwrap_err();
         }
     }
 }

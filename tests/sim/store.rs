@@ -40,7 +40,7 @@ struct State {
     steps: BTreeMap<u64, Step>,
     /// One in so many changes of a chunk is disturbed; 0: none.
     trouble: u64,
-    /// One in so many of all calls is; 0: none but those.
+    /// One in so many of all others is, and of those where `trouble` is 0; 0: none.
     rough: u64,
     late: u64,
     /// Calls other than changes of chunks that got no answer, or a refusal.
@@ -151,7 +151,7 @@ impl SimStore {
     /// 0: nothing happens to this call; else 1 to 3.
     fn dice(&self, of_a_chunk: bool) -> u64 {
         let mut s = self.state();
-        let n = if of_a_chunk { s.trouble } else { s.rough };
+        let n = if of_a_chunk && s.trouble > 0 { s.trouble } else { s.rough };
         if n == 0 || s.rng.below(n) != 0 {
             return 0;
         }

@@ -91,8 +91,9 @@ pub(crate) struct Seen {
     pub(crate) alone: u64,
     /// Calls of the store other than changes of chunks that were disturbed.
     pub(crate) refused: u64,
-    /// Pairs of writes that overlapped in flight.
-    pub(crate) twice: u64,
+    /// Pairs of writes that overlapped in flight, where the one issued later was over the other, and where it was not.
+    pub(crate) later: u64,
+    pub(crate) earlier: u64,
 }
 
 impl Seen {
@@ -113,7 +114,8 @@ impl Seen {
             exact: self.exact + b.exact,
             alone: self.alone + b.alone,
             refused: self.refused + b.refused,
-            twice: self.twice + b.twice,
+            later: self.later + b.later,
+            earlier: self.earlier + b.earlier,
         }
     }
 }

@@ -240,8 +240,8 @@ fn making_a_clone_costs_the_same_whatever_the_size() {
     };
     let first = made("c");
     let sent = store.snapshot();
-    // The best of three, on a machine that does other things as well.
-    let took = first.min(made("c2")).min(made("c3"));
+    // The best of five, on a machine that does other things as well.
+    let took = ["c2", "c3", "c4", "c5"].into_iter().map(made).min().unwrap().min(first);
     assert!(took < std::time::Duration::from_millis(100), "{took:?}");
     assert_eq!(
         (sent.get.requests, sent.put.requests, sent.put_if.requests, sent.list.requests),

@@ -217,6 +217,15 @@ pub(crate) struct ImportArgs {
     /// The bucket or folder that it is in [default: the store that the new volume goes to]
     #[arg(long, value_name = "URL", requires = "viperblock")]
     pub(crate) from: Option<String>,
+    /// The URL of the S3 server that it is on [default: --endpoint]
+    #[arg(long, value_name = "URL", requires = "from")]
+    pub(crate) from_endpoint: Option<String>,
+    /// The region of the bucket that it is in [default: --region]
+    #[arg(long, value_name = "REGION", requires = "from")]
+    pub(crate) from_region: Option<String>,
+    /// The section of the AWS profile files to take that bucket's credentials from [default: as for the new volume's]
+    #[arg(long, value_name = "PROFILE", requires = "from")]
+    pub(crate) from_profile: Option<String>,
     /// Where the logs are that the last host left which had it: Viperblock's base folder there. Without them, what had not been
     /// uploaded is not in the new volume
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, requires = "viperblock")]

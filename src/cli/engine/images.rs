@@ -29,15 +29,15 @@ pub(in crate::cli) enum From {
     /// A disk image.
     Image { file: PathBuf, format: Option<Format>, backing: Backing },
     /// What Viperblock has, in a store of its own.
-    Viperblock { volume: String, store: StoreUrl, wal_dir: Option<PathBuf>, accept_loss: bool },
+    Viperblock { volume: String, store: StoreUrl, options: StoreOptions, wal_dir: Option<PathBuf>, accept_loss: bool },
 }
 
 impl From {
-    async fn open(self, opts: &StoreOptions) -> Result<Box<dyn ImageSource>> {
+    async fn open(self) -> Result<Box<dyn ImageSource>> {
         match self {
             Self::Image { file, format, backing } => image::open(&file, format, &backing).await,
-            Self::Viperblock { volume, store: url, wal_dir, accept_loss } => {
-                let store = store::open(&url, opts).await.context(|| format!("opening the store {url}"))?;
+            Self::Viperblock { volume, store: url, options, wal_dir, accept_loss } => {
+                let store = store::open(&url, &options).await.context(|| format!("opening the store {url}"))?;
                 let store: Arc<dyn Store> = Arc::new(Retry::new(store, Policy::long_run()));
                 let how = viperblock::Options { wal_dir, accept_loss };
                 Ok(Box::new(Viperblock::open_with(store, &volume, how).await?))
@@ -67,7 +67,7 @@ pub(in crate::cli) fn import(
     let nonce = Nonce::draw().context(|| "drawing a nonce")?;
     let create = StoreOptions { create: true, ..opts.clone() };
     with_policy(Policy::long_run(), url, &create, async |s| {
-        let mut source = from.open(opts).await?;
+        let mut source = from.open().await?;
         let name = name(&source.metadata())?;
         let how = import::Options { size_bytes, logical_block, metadata, nonce, now_unix: now_unix() };
         import::import(s, &name, &mut *source, &how, stop, told).await

@@ -68,7 +68,7 @@ impl Life {
     /// As often as it takes: what a dead process has sent may land at any time and look like another host.
     async fn attach(&self) -> Attached<SimDisk, SimClock> {
         let (mut races, mut silences) = (0, 0);
-        while races < 20 && silences < 1000 {
+        while races < 20 && silences < 30 {
             match self.try_attach().await {
                 // Who attaches tries again, as a person or systemd does.
                 Err(e) if self.shared.rough && e.kind().is_transient() => {
@@ -149,6 +149,8 @@ pub(super) async fn live(life: Life) {
     life.spawner.spawn(serve_reads(reads, reader));
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
+    // What is asked for from now on is not what was found, though it is seen when that is judged.
+    let begun = shared.oracle.borrow().now();
     if life.resume {
         // Whoever meets it, a lane or who takes the volume, has to tell the others.
         if life.load.breaks && shared.below(2) == 0 {
@@ -162,7 +164,7 @@ pub(super) async fn live(life: Life) {
     }
     let found = stamps(&lanes[0], 0, SECTORS).await.expect("all can be read");
     if let Some(after) = life.after {
-        let verdict = shared.oracle.borrow_mut().judge(after, &found);
+        let verdict = shared.oracle.borrow_mut().judge(after, &found, begun);
         verdict.unwrap_or_else(|e| panic!("{e}"));
         shared.saw(|s| s.judged += 1);
     }

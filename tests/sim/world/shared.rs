@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::try_join;
+use futures_util::future::try_join3;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::{ErrorKind, Result};
 use vb_ublk::gc::Policy;
@@ -98,7 +98,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Two writes at once, on a lane each, the one over a part of the other; then what they have left is looked at.
+    /// Two writes at once, on two lanes where there are two, each over a part of the other, the second perhaps a zeroing; and a read beside
+    /// them. Then what they have left is looked at.
     pub(super) async fn write_twice(&self, lane: &Lane, other: &Lane, me: u32) -> Outcome<()> {
         let Some(range) = self.range() else { return Ok(()) };
         let Range { lba, sectors, .. } = range;
@@ -106,26 +107,51 @@ impl Shared {
             self.release(range);
             return Ok(());
         }
-        let from = lba + self.below(sectors);
-        let few = 1 + self.below(lba + sectors - from);
-        let first = self.oracle.borrow_mut().issue(lba, sectors, false);
-        let second = self.oracle.borrow_mut().issue_beside(from, few, first);
-        let write = |lane, id, lba, sectors, fua| async move {
-            self.write_stamped(lane, id, lba, sectors, fua).await?;
-            self.oracle.borrow_mut().complete(id, fua);
+        // Both have this sector.
+        let shared = lba + self.below(sectors);
+        let around = || {
+            let (before, after) = (self.below(shared - lba + 1), self.below(lba + sectors - shared));
+            (shared - before, before + 1 + after)
+        };
+        let (one, two, hole) = (around(), around(), self.below(6) == 0);
+        let before: Vec<u64> = (lba..lba + sectors).map(|s| self.oracle.borrow().expected(s)).collect();
+        let first = self.oracle.borrow_mut().issue(one.0, one.1, false);
+        let second = self.oracle.borrow_mut().issue_beside(two.0, two.1, hole, first);
+        let first_stamp = first as u64 + 1;
+        let second_stamp = if hole { 0 } else { second as u64 + 1 };
+        let fua = [self.below(6) == 0, self.below(6) == 0];
+        let write = async {
+            self.write_stamped(lane, first, one.0, one.1, fua[0]).await?;
+            self.oracle.borrow_mut().complete(first, fua[0]);
             Ok(())
         };
-        let (one, two) =
-            (write(lane, first, lba, sectors, self.below(6) == 0), write(other, second, from, few, self.below(6) == 0));
-        if self.below(2) == 0 {
-            try_join(one, two).await?
-        } else {
-            try_join(two, one).await?
+        let over = async {
+            if hole {
+                other.write_zeroes(Lba(two.0), two.1, fua[1]).await?;
+            } else {
+                self.write_stamped(other, second, two.0, two.1, fua[1]).await?;
+            }
+            self.oracle.borrow_mut().complete(second, fua[1]);
+            Ok(())
+        };
+        let look = async {
+            let found = stamps(lane, lba, sectors).await?;
+            for (s, (stamp, was)) in found.into_iter().zip(before).enumerate() {
+                let known = [was, first_stamp, second_stamp].contains(&stamp) || self.owner.get() != Some(me);
+                assert!(known, "sector {} has stamp {stamp} while it is written", lba + s as u64);
+            }
+            Ok(())
+        };
+        match self.below(3) {
+            0 => try_join3(write, over, look).await?,
+            1 => try_join3(look, over, write).await?,
+            _ => try_join3(over, look, write).await?,
         };
         let found = stamps(lane, lba, sectors).await?;
         if self.owner.get() == Some(me) {
             self.oracle.borrow_mut().saw(lba, &found).unwrap_or_else(|e| panic!("after two writes at once: {e}"));
-            self.saw(|s| s.twice += 1);
+            let later = found[(shared - lba) as usize] == second_stamp;
+            self.saw(|s| if later { s.later += 1 } else { s.earlier += 1 });
         }
         self.release(range);
         Ok(())
@@ -255,7 +281,9 @@ impl Shared {
                 }
                 2..4 => self.flush(lane).await,
                 4..12 => self.read(lane, me).await,
-                12..16 if life.load.overlaps => self.write_twice(lane, &lanes[(at + 1) % lanes.len()], me).await,
+                12..16 if life.load.overlaps && self.owner.get() == Some(me) => {
+                    self.write_twice(lane, &lanes[(at + 1) % lanes.len()], me).await
+                }
                 _ => self.write(lane).await,
             };
             if let Err(e) = done {
