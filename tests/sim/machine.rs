@@ -57,6 +57,10 @@ struct State {
     next: u64,
     fail_write: bool,
     fail_sync: bool,
+    /// Nothing is written from here on: there is no room for it.
+    room: usize,
+    /// Writes that there was no room for.
+    refused: u64,
     /// Writes to the superblock do not end from now on; the blocks written since then, and whether one was written twice.
     held: Option<(BTreeSet<usize>, bool)>,
 }
@@ -83,6 +87,8 @@ impl SimDisk {
             next: 0,
             fail_write: false,
             fail_sync: false,
+            room: usize::MAX,
+            refused: 0,
             held: None,
         })))
     }
@@ -106,6 +112,16 @@ impl SimDisk {
 
     pub(crate) fn size(&self) -> u64 {
         self.0.borrow().visible.len() as u64
+    }
+
+    /// Writes that go beyond `bytes` fail for want of room. The next process has to be told anew.
+    pub(crate) fn set_room(&self, bytes: usize) {
+        self.0.borrow_mut().room = bytes;
+    }
+
+    /// How many writes there was no room for.
+    pub(crate) fn refused(&self) -> u64 {
+        self.0.borrow().refused
     }
 
     /// The next write or sync to end fails; a failed write may have taken effect in part.
@@ -139,6 +155,10 @@ impl SimDisk {
         let counts = !matches!(what, What::Tick);
         match what {
             What::Tick => {}
+            What::Write { write, .. } if write.offset + write.data.len() > s.room => {
+                s.refused += 1;
+                result = Err(io::Error::from(io::ErrorKind::StorageFull));
+            }
             What::Write { mut write, dsync } => {
                 write.number = s.ended_writes;
                 s.ended_writes += 1;
@@ -184,7 +204,7 @@ impl SimDisk {
     pub(crate) fn crash(&self, how: Crash, rng: &mut Rng) -> Self {
         let s = self.0.borrow();
         let flying = s.ops.values().filter_map(|o| match &o.what {
-            Some(What::Write { write, .. }) => Some(write),
+            Some(What::Write { write, .. }) if write.offset + write.data.len() <= s.room => Some(write),
             _ => None,
         });
         match how {

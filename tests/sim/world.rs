@@ -91,6 +91,8 @@ pub(crate) struct Seen {
     pub(crate) alone: u64,
     /// Calls of the store other than changes of chunks that were disturbed.
     pub(crate) refused: u64,
+    /// Times that the log's disk had no room for it to grow.
+    pub(crate) full: u64,
     /// Pairs of writes that overlapped in flight, where the one issued later was over the other, and where it was not.
     pub(crate) later: u64,
     pub(crate) earlier: u64,
@@ -114,6 +116,7 @@ impl Seen {
             exact: self.exact + b.exact,
             alone: self.alone + b.alone,
             refused: self.refused + b.refused,
+            full: self.full + b.full,
             later: self.later + b.later,
             earlier: self.earlier + b.earlier,
         }
@@ -124,6 +127,8 @@ pub(crate) struct World {
     shared: Rc<Shared>,
     disk: RefCell<SimDisk>,
     geometry: Geometry,
+    /// What the log's disk has room for.
+    room: u64,
     store: SimStore,
     /// The simulated disk has the data; this one the name, the size and the lock.
     file: RefCell<Arc<DataFile>>,
@@ -205,6 +210,8 @@ impl World {
             let made = admin::create(&*plain, "v", &opts, 1);
             futures_util::FutureExt::now_or_never(made).expect("memory never waits").expect("created");
         }
+        // Every fifth rough world has a log that cannot grow beyond what it was made with, two segments.
+        let room = if rough > 0 && seed % 5 == 2 { log_bytes(TIGHT) } else { u64::MAX };
         let shared = Shared {
             rng: RefCell::new(rng),
             oracle: RefCell::new(oracle),
@@ -222,8 +229,9 @@ impl World {
             shared: Rc::new(shared),
             disk: RefCell::new(SimDisk::new(vec![0; log_bytes(geometry) as usize])),
             geometry,
+            room,
             store,
-            file: RefCell::new(log_file(&dir, 0, geometry)),
+            file: RefCell::new(log_file(&dir, 0, log_bytes(geometry).min(room))),
             dir,
             hosts: Cell::new(0),
             after: Cell::new(None),
@@ -300,7 +308,7 @@ impl World {
         self.hosts.set(self.hosts.get() + 1);
         self.served.set(false);
         *self.disk.borrow_mut() = SimDisk::new(vec![0; log_bytes(self.geometry) as usize]);
-        *self.file.borrow_mut() = log_file(&self.dir, self.hosts.get(), self.geometry);
+        *self.file.borrow_mut() = log_file(&self.dir, self.hosts.get(), log_bytes(self.geometry).min(self.room));
         self.after.set(Some(After::Store));
     }
 
@@ -358,7 +366,9 @@ impl World {
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let life = Life { without_marks, ..self.next_life(load, &clock, &spawner) };
         let (disk, judged) = (life.disk.clone(), life.judged.clone());
+        disk.set_room(self.room as usize);
         let ended = run_all(&[&disk, &self.store, &clock], &spawner, &mut rng, crash_at, live(life));
+        self.shared.saw(|s| s.full += disk.refused());
         self.outlived(judged.get());
         self.note(ended.is_some());
         ended.is_some()
@@ -377,9 +387,11 @@ impl World {
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let first = self.next_life(load, &clock, &spawner);
         let first_disk = first.disk.clone();
+        first_disk.set_room(self.room as usize);
         self.new_host();
         let second = self.next_life(load, &clock, &spawner);
         let (second_disk, judged) = (second.disk.clone(), second.judged.clone());
+        second_disk.set_room(self.room as usize);
         let (shared, timer) = (self.shared.clone(), clock.clone());
         let patience = Duration::from_millis(self.draw(4000));
         let root = async move {
@@ -422,8 +434,8 @@ impl ImageSink for Image {
 }
 
 /// The real file beside a simulated disk.
-fn log_file(dir: &TempDir, host: u32, geometry: Geometry) -> Arc<DataFile> {
+fn log_file(dir: &TempDir, host: u32, bytes: u64) -> Arc<DataFile> {
     let path = dir.path().join(format!("{host}.wal"));
-    std::fs::File::create(&path).and_then(|f| f.set_len(log_bytes(geometry))).expect("a file");
+    std::fs::File::create(&path).and_then(|f| f.set_len(bytes)).expect("a file");
     Arc::new(DataFile::open(&path, false).expect("the log's file"))
 }

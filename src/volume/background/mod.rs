@@ -478,32 +478,4 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             s.upload_bytes_per_sec = drain;
         });
     }
-
-    /// Looks whether the manifest still names this attachment; whatever else is going on with it.
-    fn poll_manifest(&mut self, now: Duration) {
-        if self.polling || now.saturating_sub(self.last_poll) < POLL_MANIFEST {
-            return;
-        }
-        self.polling = true;
-        self.last_poll = now;
-        let (store, volume, nonce) = (self.store.clone(), self.volume.clone(), self.nonce);
-        self.spawn(async move {
-            let result = Published::load(&*store, volume.name()).await;
-            Event::Polled(result.and_then(|p| p.check_nonce(nonce)))
-        });
-    }
-
-    fn polled(&mut self, result: Result<()>) {
-        self.polling = false;
-        match result {
-            Ok(()) => self.absences = Absences::default(),
-            Err(e) if e.kind() == ErrorKind::Fenced => self.fenced(&e),
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                if self.absences.one_more() {
-                    self.fenced(&e);
-                }
-            }
-            Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
-        }
-    }
 }

@@ -1,9 +1,11 @@
-//! What is waited for and tried again: pauses, absences, and what is told of a store in trouble.
+//! What is waited for and tried again: pauses, absences, the look at the manifest, and what is told of a store in trouble.
 
 use std::time::Duration;
 
-use super::{POLLS_WITHOUT_MANIFEST, RETRY_PAUSE, RETRY_PAUSE_MAX};
-use crate::error::Error;
+use super::{Background, Event, POLL_MANIFEST, POLLS_WITHOUT_MANIFEST, RETRY_PAUSE, RETRY_PAUSE_MAX};
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::Published;
 use crate::time::Timer;
 use crate::volume::Volume;
 
@@ -21,6 +23,36 @@ impl Absences {
     pub(in crate::volume) fn one_more(&mut self) -> bool {
         self.0 += 1;
         self.0 >= POLLS_WITHOUT_MANIFEST
+    }
+}
+
+impl<D: Disk + Clone, T: Timer> Background<D, T> {
+    /// Looks whether the manifest still names this attachment; whatever else is going on with it.
+    pub(super) fn poll_manifest(&mut self, now: Duration) {
+        if self.polling || now.saturating_sub(self.last_poll) < POLL_MANIFEST {
+            return;
+        }
+        self.polling = true;
+        self.last_poll = now;
+        let (store, volume, nonce) = (self.store.clone(), self.volume.clone(), self.nonce);
+        self.spawn(async move {
+            let result = Published::load(&*store, volume.name()).await;
+            Event::Polled(result.and_then(|p| p.check_nonce(nonce)))
+        });
+    }
+
+    pub(super) fn polled(&mut self, result: Result<()>) {
+        self.polling = false;
+        match result {
+            Ok(()) => self.absences = Absences::default(),
+            Err(e) if e.kind() == ErrorKind::Fenced => self.fenced(&e),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                if self.absences.one_more() {
+                    self.fenced(&e);
+                }
+            }
+            Err(e) => tracing::debug!("looking at the manifest failed: {e}"),
+        }
     }
 }
 
