@@ -60,12 +60,12 @@ fn source(settings: &Settings, args: &ImportArgs) -> Result<(From, String)> {
         let what = format!("{volume} of Viperblock's in {store}");
         let (volume, wal_dir, accept_loss) = (volume.clone(), args.viperblock_wal.clone(), args.accept_loss);
         let of_target = settings.store_options.clone();
-        let options = StoreOptions {
+        let options = Box::new(StoreOptions {
             endpoint: args.from_endpoint.clone().or(of_target.endpoint),
             region: args.from_region.clone().or(of_target.region),
             profile: args.from_profile.clone().or(of_target.profile),
             ..of_target
-        };
+        });
         return Ok((From::Viperblock { volume, store, options, wal_dir, accept_loss }, what));
     }
     let Some(file) = args.file.clone() else {

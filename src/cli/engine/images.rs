@@ -29,7 +29,13 @@ pub(in crate::cli) enum From {
     /// A disk image.
     Image { file: PathBuf, format: Option<Format>, backing: Backing },
     /// What Viperblock has, in a store of its own.
-    Viperblock { volume: String, store: StoreUrl, options: StoreOptions, wal_dir: Option<PathBuf>, accept_loss: bool },
+    Viperblock {
+        volume: String,
+        store: StoreUrl,
+        options: Box<StoreOptions>,
+        wal_dir: Option<PathBuf>,
+        accept_loss: bool,
+    },
 }
 
 impl From {
