@@ -470,7 +470,7 @@ fn three_groups_and_a_log() -> Bench {
 /// Cut short at any call it has done no harm, and the next one brings it to its end.
 #[test]
 fn an_interrupted_rebuild_is_begun_anew() {
-    for (lose_map, with_log) in MAPS[1..4].iter().flat_map(|m| [(m.1, false), (m.1, true)]) {
+    let each_call = |lose_map: Spoil, with_log: bool| {
         let mut calls = 0;
         loop {
             let bench = if with_log { three_groups_and_a_log() } else { three_groups(true) };
@@ -494,7 +494,12 @@ fn an_interrupted_rebuild_is_begun_anew() {
             calls += 1;
         }
         assert!(calls >= 12, "{calls} calls were cut short");
-    }
+    };
+    std::thread::scope(|s| {
+        for (lose_map, with_log) in MAPS[1..4].iter().flat_map(|m| [(m.1, false), (m.1, true)]) {
+            s.spawn(move || each_call(lose_map, with_log));
+        }
+    });
 }
 
 #[test]

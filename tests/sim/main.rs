@@ -15,6 +15,8 @@ mod store;
 mod wal;
 mod world;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use machine::Crash;
 use world::{Load, World};
 
@@ -23,6 +25,24 @@ fn seeds(short: u64) -> std::ops::Range<u64> {
     let Ok(asked) = std::env::var("VB_SIM_SEEDS") else { return 0..short };
     let (from, to) = asked.split_once("..").expect("VB_SIM_SEEDS is FROM..TO");
     from.parse().expect("a number")..to.parse().expect("a number")
+}
+
+/// Each seed's world to its end, on two threads; what all have seen.
+fn each(seeds: impl Iterator<Item = u64>, lives: impl Fn(u64) -> World + Sync) -> world::Seen {
+    let all: Vec<u64> = seeds.collect();
+    let next = AtomicUsize::new(0);
+    let some = || {
+        let mut seen = world::Seen::default();
+        while let Some(seed) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let _named = Named(*seed);
+            seen = seen.plus(lives(*seed).seen());
+        }
+        seen
+    };
+    std::thread::scope(|s| {
+        let other = s.spawn(some);
+        some().plus(other.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+    })
 }
 
 /// Says which seed it was that failed.
@@ -82,13 +102,11 @@ fn many_lives(seed: u64, world: &World) {
 
 #[test]
 fn many_lives_keep_the_crash_rule() {
-    let mut all = world::Seen::default();
-    for seed in FOUND.into_iter().chain(seeds(1000)) {
-        let _named = Named(seed);
+    let all = each(FOUND.into_iter().chain(seeds(1000)), |seed| {
         let world = World::new(seed);
         many_lives(seed, &world);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         let enough = all.judged > 4000 && all.taken > 500 && all.late > 50 && all.drained > 100 && all.groups > 1000;
         assert!(enough && all.again > 0 && all.broken > 50 && all.resumed > 500, "{all:?}");
@@ -98,9 +116,7 @@ fn many_lives_keep_the_crash_rule() {
 /// The same with requests that overlap while they are in flight: each pair has one order, the same before and after any crash.
 #[test]
 fn writes_over_one_another_have_one_order() {
-    let mut all = world::Seen::default();
-    for seed in seeds(150) {
-        let _named = Named(seed);
+    let all = each(seeds(150), |seed| {
         let world = World::new(seed);
         let load =
             Load { lanes: 1 + seed as usize % 2, workers: 2, requests: 40, breaks: seed % 7 == 6, overlaps: true };
@@ -111,8 +127,8 @@ fn writes_over_one_another_have_one_order() {
         world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
         world.lose_host();
         world.life(Load { requests: 0, ..load }, u64::MAX);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         assert!(all.judged > 500 && all.later > 500 && all.earlier > 500, "{all:?}");
     }
@@ -122,9 +138,7 @@ fn writes_over_one_another_have_one_order() {
 /// needed must be durable first.
 #[test]
 fn a_small_log_turns_over() {
-    let mut all = world::Seen::default();
-    for seed in seeds(20) {
-        let _named = Named(seed);
+    let all = each(seeds(20), |seed| {
         let world = World::tight(seed);
         let load = Load { lanes: 2, workers: 8, requests: 150, breaks: false, overlaps: false };
         for _ in 0..4 {
@@ -134,8 +148,8 @@ fn a_small_log_turns_over() {
         world.life(Load { requests: 4, ..load }, u64::MAX);
         world.lose_host();
         world.life(Load { requests: 0, ..load }, u64::MAX);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         assert!(all.judged > 80 && all.groups > 1000 && all.resumed > 30, "{all:?}");
     }
@@ -218,9 +232,7 @@ fn a_crash_at_every_operation_of_keeping_house() {
 /// A host that has lost the volume changes nothing any more, however late it finds out, and finds out.
 #[test]
 fn a_fenced_host_never_shows() {
-    let mut all = world::Seen::default();
-    for seed in seeds(300) {
-        let _named = Named(seed);
+    let all = each(seeds(300), |seed| {
         let world = World::new(seed);
         let load = Load {
             lanes: 1 + seed as usize % 2,
@@ -238,8 +250,8 @@ fn a_fenced_host_never_shows() {
         world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
         world.lose_host();
         world.life(Load { requests: 0, ..load }, u64::MAX);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         assert!(all.judged > 1500 && all.stopped > 500 && all.late > 50 && all.groups > 1000, "{all:?}");
     }
@@ -289,9 +301,7 @@ fn lives_with_snapshots(world: &World, load: Load, taken_over: bool) {
 /// lists, while attaching, taking over and collecting. (And the log's disk may have no room for it to grow.) All of it waits or is tried again; nothing is lost, nobody takes himself for another.
 #[test]
 fn a_store_that_answers_one_call_and_not_the_next() {
-    let mut all = world::Seen::default();
-    for seed in seeds(40) {
-        let _named = Named(seed);
+    let all = each(seeds(40), |seed| {
         let world = World::rough(seed, 4 + seed % 20);
         let load = Load {
             lanes: 1 + seed as usize / 3 % 2,
@@ -301,8 +311,8 @@ fn a_store_that_answers_one_call_and_not_the_next() {
             overlaps: true,
         };
         lives_with_snapshots(&world, load, seed % 4 == 1);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         assert!(
             all.judged > 130 && all.refused > 1500 && all.full > 10 && all.snapshots > 70 && all.alone > 10,
@@ -315,9 +325,7 @@ fn a_store_that_answers_one_call_and_not_the_next() {
 /// volumes begin as clones, and come to stand alone: what they were made from is deleted then.
 #[test]
 fn what_is_collected_is_garbage() {
-    let mut all = world::Seen::default();
-    for seed in seeds(150) {
-        let _named = Named(seed);
+    let all = each(seeds(150), |seed| {
         let world = World::collecting(seed);
         let one = seed.is_multiple_of(2);
         let load = Load {
@@ -328,8 +336,8 @@ fn what_is_collected_is_garbage() {
             overlaps: false,
         };
         lives_with_snapshots(&world, load, seed % 3 == 1);
-        all = all.plus(world.seen());
-    }
+        world
+    });
     if std::env::var("VB_SIM_SEEDS").is_err() {
         let enough = all.judged > 500
             && all.deleted > 1000
