@@ -2,7 +2,7 @@
 #
 #   make build   the program, optimised: target/release/vb-ublk
 #   make demo    the main job, shown step by step
-#   make test    everything (what CI runs)
+#   make test    everything but the long forms (what CI runs)
 #   make unit    unit and integration tests
 #   make e2e     end-to-end tests on a real ublk driver; TESTS="10 40" names some, KERNEL=6.12 another kernel
 #   make soak    the long forms of the NBD and store tests, many seeds of the simulation, and soak-guest

@@ -102,14 +102,13 @@ fn over_moto() {
 #[test]
 fn over_s3s_fs() {
     let server = S3sThread::start(&[BUCKET]);
-    crash_cycle(Place::new(Store::S3(s3s_thread::bucket(server.endpoint.clone(), BUCKET))));
+    crash_cycle(Place::new(Store::S3(Bucket::elsewhere(server.endpoint.clone(), BUCKET, s3s::KEYS))));
     server.stop();
 }
 
 /// A place whose requests go to node `n`.
 fn on_node(garage: &Garage, n: usize) -> Place {
-    let keys = garage.keys.clone();
-    Place::new(Store::S3(Bucket { endpoint: garage.endpoint(n), name: BUCKET, keys, moto: None }))
+    Place::new(Store::S3(Bucket::elsewhere(garage.endpoint(n), BUCKET, garage.keys.clone())))
 }
 
 /// One node after the other is killed under load and comes back, now before the NBD server is killed, and now after the next one

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nbd_support::client::Headers;
-use nbd_support::server::{Place, Server, Store};
+use nbd_support::server::{Bucket, Place, Server, Store};
 use nbd_support::{pattern, pause, wait_until};
-use s3s_thread::{S3sThread, bucket};
+use s3s_thread::S3sThread;
 
 const MIB: u64 = 1 << 20;
 /// Of the volume, in the store alone when the trouble begins.
@@ -156,7 +156,7 @@ fn from_the_store(place: &Place) -> Server {
 
 fn goes_through(upstream: SocketAddr, name: &'static str, trouble: Mode) {
     let proxy = Proxy::start(upstream);
-    let place = Place::new(Store::S3(bucket(format!("http://{}", proxy.addr), name)));
+    let place = Place::new(Store::S3(Bucket::elsewhere(format!("http://{}", proxy.addr), name, s3s::KEYS)));
     let server = from_the_store(&place);
     let mut c = server.client(Headers::Extended);
     let mut other = server.client(Headers::Extended);

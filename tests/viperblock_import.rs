@@ -4,6 +4,8 @@
 mod image_support;
 #[path = "store_support/s3s.rs"]
 mod s3s;
+#[path = "store_support/s3s_thread.rs"]
+mod s3s_thread;
 mod support_rng;
 mod viperblock_support;
 #[expect(dead_code, reason = "nothing is drained")]
@@ -13,9 +15,11 @@ use std::fs;
 use std::path::Path;
 
 use image_support::{bench, command, failed, fails, json, objects, ok, path};
+use s3s_thread::S3sThread;
 use serde_json::json as js;
 use vb_ublk::store::{self, StaticCredentials, StoreOptions};
 use viperblock_support::{AGES, Bucket, Volume, tag_of};
+use volume_support::block_on;
 
 /// The bucket as a folder.
 fn lay_out(bucket: &Bucket, folder: &Path) {
@@ -110,25 +114,17 @@ fn from_a_bucket_on_another_server() {
     volume.checkpoint(&mut bucket, true, 0);
     let want = volume.model.clone();
     volume.crash(&mut bucket);
-    // It serves as long as somebody drives its runtime.
-    let ((started, endpoint), (ended, end)) = (std::sync::mpsc::channel(), tokio::sync::oneshot::channel::<()>());
-    let serving = std::thread::spawn(move || {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-            let old = s3s::S3sFs::start().await;
-            old.make_bucket("predastore");
-            let (access_key, secret_key) = (s3s::KEYS.0.into(), s3s::KEYS.1.into());
-            let credentials = Some(StaticCredentials { access_key, secret_key, session_token: None });
-            let region = Some("us-east-1".to_owned());
-            let opts = StoreOptions { endpoint: Some(old.endpoint()), region, credentials, ..StoreOptions::default() };
-            let store = store::open(&"s3://predastore".parse().unwrap(), &opts).await.unwrap();
-            for (key, bytes) in bucket.objects {
-                store.put(&key, bytes.into()).await.unwrap();
-            }
-            started.send(old.endpoint()).unwrap();
-            let _ = end.await;
-        });
+    let server = S3sThread::start(&["predastore"]);
+    block_on(async {
+        let (access_key, secret_key) = (s3s::KEYS.0.into(), s3s::KEYS.1.into());
+        let credentials = Some(StaticCredentials { access_key, secret_key, session_token: None });
+        let (endpoint, region) = (Some(server.endpoint.clone()), Some("us-east-1".to_owned()));
+        let opts = StoreOptions { endpoint, region, credentials, ..StoreOptions::default() };
+        let store = store::open(&"s3://predastore".parse().unwrap(), &opts).await.unwrap();
+        for (key, bytes) in bucket.objects {
+            store.put(&key, bytes.into()).await.unwrap();
+        }
     });
-    let endpoint = endpoint.recv().unwrap();
     fs::write(
         path(&bench, "credentials"),
         format!("[old]\naws_access_key_id={}\naws_secret_access_key={}\n", s3s::KEYS.0, s3s::KEYS.1),
@@ -154,13 +150,12 @@ fn from_a_bucket_on_another_server() {
             [("AWS_SHARED_CREDENTIALS_FILE", "credentials"), ("AWS_CONFIG_FILE", "none"), ("AWS_REGION", "us-east-1")];
         command(&bench, &args).envs(keys).envs(files).output().unwrap()
     };
-    let of_its_own = ["--from-endpoint", &endpoint, "--from-profile", "old", "--from-region", "eu-north-1"];
+    let of_its_own = ["--from-endpoint", &server.endpoint, "--from-profile", "old", "--from-region", "eu-north-1"];
     failed(&import(&of_its_own[..2]), 1, &["predastore"]);
     let out = import(&of_its_own);
     assert!(out.status.success(), "{out:?}");
     ok(&bench, &["export", "vol-0123abcd", "out.raw"]);
     assert_eq!(image_of(&path(&bench, "out.raw")), want);
-    fails(&bench, &["import", "x.raw", "--volume", "v", "--from-endpoint", &endpoint], 2, &["--from"]);
-    drop(ended);
-    serving.join().unwrap();
+    fails(&bench, &["import", "x.raw", "--volume", "v", "--from-endpoint", &server.endpoint], 2, &["--from"]);
+    server.stop();
 }

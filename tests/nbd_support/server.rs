@@ -32,6 +32,17 @@ pub(crate) struct Bucket {
     pub(crate) moto: Option<Moto>,
 }
 
+impl Bucket {
+    /// One on a server that the test has.
+    pub(crate) fn elsewhere(
+        endpoint: String,
+        name: &'static str,
+        (access, secret): (impl Into<String>, impl Into<String>),
+    ) -> Self {
+        Self { endpoint, name, keys: (access.into(), secret.into()), moto: None }
+    }
+}
+
 /// A store, and the folders of a host that uses it.
 pub(crate) struct Place {
     dir: tempfile::TempDir,

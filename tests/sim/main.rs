@@ -100,6 +100,13 @@ fn many_lives(seed: u64, world: &World) {
     world.life(Load { requests: 0, ..load }, u64::MAX);
 }
 
+/// A whole life, and then all but the store is gone.
+fn the_store_alone(world: &World, load: Load) {
+    world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
+    world.lose_host();
+    world.life(Load { requests: 0, ..load }, u64::MAX);
+}
+
 #[test]
 fn many_lives_keep_the_crash_rule() {
     let all = each(FOUND.into_iter().chain(seeds(1000)), |seed| {
@@ -124,9 +131,7 @@ fn writes_over_one_another_have_one_order() {
             world.life(load, 1 + world.draw(800));
             world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
         }
-        world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
-        world.lose_host();
-        world.life(Load { requests: 0, ..load }, u64::MAX);
+        the_store_alone(&world, load);
         world
     });
     if std::env::var("VB_SIM_SEEDS").is_err() {
@@ -145,9 +150,7 @@ fn a_small_log_turns_over() {
             world.life(load, 1 + world.draw(6000));
             world.crash(if world.draw(3) == 0 { Crash::Process } else { Crash::Power });
         }
-        world.life(Load { requests: 4, ..load }, u64::MAX);
-        world.lose_host();
-        world.life(Load { requests: 0, ..load }, u64::MAX);
+        the_store_alone(&world, load);
         world
     });
     if std::env::var("VB_SIM_SEEDS").is_err() {
@@ -167,9 +170,7 @@ fn no_room_is_used_again_before_the_mark_is_durable() {
         assert!(!twice, "a slot was used again, and only memory knows that nobody needs it");
         assert!(world.seen().groups > 0, "nothing was uploaded");
         world.crash(Crash::Power);
-        world.life(Load { requests: 4, ..load }, u64::MAX);
-        world.lose_host();
-        world.life(Load { requests: 0, ..load }, u64::MAX);
+        the_store_alone(&world, load);
     }
 }
 
@@ -247,9 +248,7 @@ fn a_fenced_host_never_shows() {
             world.life_with_take_over(load, 200 + world.draw(1500));
             world.crash(if world.draw(2) == 0 { Crash::Process } else { Crash::Power });
         }
-        world.life(Load { requests: 4, breaks: false, ..load }, u64::MAX);
-        world.lose_host();
-        world.life(Load { requests: 0, ..load }, u64::MAX);
+        the_store_alone(&world, load);
         world
     });
     if std::env::var("VB_SIM_SEEDS").is_err() {

@@ -329,11 +329,13 @@ impl World {
 
     /// The present host's next life.
     fn next_life(&self, load: Load, clock: &SimClock, spawner: &Spawner) -> Life {
+        let disk = self.disk.borrow().clone();
+        disk.set_room(self.room as usize);
         Life {
             geometry: self.geometry,
             me: self.hosts.get(),
             shared: self.shared.clone(),
-            disk: self.disk.borrow().clone(),
+            disk,
             stores: self.stores(clock),
             file: self.file.borrow().clone(),
             clock: clock.clone(),
@@ -366,7 +368,6 @@ impl World {
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let life = Life { without_marks, ..self.next_life(load, &clock, &spawner) };
         let (disk, judged) = (life.disk.clone(), life.judged.clone());
-        disk.set_room(self.room as usize);
         let ended = run_all(&[&disk, &self.store, &clock], &spawner, &mut rng, crash_at, live(life));
         self.shared.saw(|s| s.full += disk.refused());
         self.outlived(judged.get());
@@ -387,11 +388,9 @@ impl World {
         let mut rng = Rng(self.shared.rng.borrow_mut().next());
         let first = self.next_life(load, &clock, &spawner);
         let first_disk = first.disk.clone();
-        first_disk.set_room(self.room as usize);
         self.new_host();
         let second = self.next_life(load, &clock, &spawner);
         let (second_disk, judged) = (second.disk.clone(), second.judged.clone());
-        second_disk.set_room(self.room as usize);
         let (shared, timer) = (self.shared.clone(), clock.clone());
         let patience = Duration::from_millis(self.draw(4000));
         let root = async move {

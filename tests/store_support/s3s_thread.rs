@@ -4,8 +4,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
 
-use crate::nbd_support::server::{Bucket, block_on};
-use crate::s3s::{KEYS, S3sFs};
+use crate::s3s::S3sFs;
 
 pub(crate) struct S3sThread {
     pub(crate) endpoint: String,
@@ -20,7 +19,8 @@ impl S3sThread {
         let (started, endpoint) = std::sync::mpsc::channel();
         let buckets = buckets.to_vec();
         let thread = std::thread::spawn(move || {
-            block_on(async {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
                 let server = S3sFs::start().await;
                 buckets.iter().for_each(|b| server.make_bucket(b));
                 started.send(server.endpoint()).expect("the test waits");
@@ -34,9 +34,4 @@ impl S3sThread {
         drop(self.ended);
         self.thread.join().expect("s3s-fs ends");
     }
-}
-
-/// One of its buckets, by way of `endpoint`.
-pub(crate) fn bucket(endpoint: String, name: &'static str) -> Bucket {
-    Bucket { endpoint, name, keys: (KEYS.0.to_owned(), KEYS.1.to_owned()), moto: None }
 }
