@@ -49,6 +49,32 @@ pub(crate) fn program(name: &str, variable: &str, made: &str, part: &str) -> Opt
     found
 }
 
+/// The server that `command` starts on a port, when it listens there.
+///
+/// # Panics
+/// When it ends, or does not listen after a minute, three times.
+pub(crate) async fn listening(name: &str, command: impl Fn(u16) -> Command) -> (SocketAddr, Ended) {
+    let mut why = String::new();
+    for _ in 0..3 {
+        // Between finding the port free and the server's bind somebody else may take it: try again then.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
+        let mut child = Ended(command(port).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect(name));
+        let addr = SocketAddr::from(([127, 0, 0, 1], port));
+        for _ in 0..600 {
+            if let Some(status) = child.0.try_wait().expect("wait") {
+                why = format!("it ended: {status}");
+                break;
+            }
+            if TcpStream::connect(addr).await.is_ok() {
+                return (addr, child);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            why = "it does not listen after a minute".into();
+        }
+    }
+    panic!("{name} does not start: {why}");
+}
+
 impl Moto {
     /// The server that tests share while any of them runs; `None` (said loudly) when S3 is skipped.
     pub(crate) async fn shared(tls: bool) -> Option<Arc<Self>> {
@@ -65,30 +91,16 @@ impl Moto {
     pub(crate) async fn start(tls: bool) -> Option<Self> {
         let program = program("moto_server", "VB_MOTO", "moto/bin/moto_server", "test")?;
         let authority = tls.then(Authority::new);
-        let mut why = String::new();
-        for _ in 0..3 {
-            // Between finding the port free and the server's bind somebody else may take it: try again then.
-            let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
+        let (addr, child) = listening("moto_server", |port| {
             let mut command = Command::new(&program);
-            command.args(["-H", "127.0.0.1", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
+            command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
             if let Some(a) = &authority {
                 command.arg("-c").arg(a.file("server.pem")).arg("-k").arg(a.file("server.key"));
             }
-            let mut child = Ended(command.spawn().expect("start moto_server"));
-            let addr = SocketAddr::from(([127, 0, 0, 1], port));
-            for _ in 0..600 {
-                if let Some(status) = child.0.try_wait().expect("wait") {
-                    why = format!("it ended: {status}");
-                    break;
-                }
-                if TcpStream::connect(addr).await.is_ok() {
-                    return Some(Self { addr, authority, _child: child });
-                }
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                why = "it does not listen after a minute".into();
-            }
-        }
-        panic!("moto_server does not start: {why}");
+            command
+        })
+        .await;
+        Some(Self { addr, authority, _child: child })
     }
 
     pub(crate) fn endpoint(&self) -> String {
