@@ -194,6 +194,10 @@ pub struct FileConfig {
     pub wal_device: Option<PathBuf>,
     /// `--wal-size` of `add` and `nbd`.
     pub wal_size: Option<ByteSize>,
+    /// `--cache-dir` of `add` and `nbd`.
+    pub cache_dir: Option<PathBuf>,
+    /// `--cache-size` of `add` and `nbd`.
+    pub cache_size: Option<ByteSize>,
     /// `--io-timeout` of `add` and `nbd`, in seconds.
     pub io_timeout: Option<u32>,
     /// `--metrics` of `add` and `nbd`: a port, or an address with a port.

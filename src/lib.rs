@@ -5,6 +5,7 @@
 //! [`image`]: what a volume is imported from and exported to.
 //! `docs/ARCHITECTURE.md` follows a write through these rooms.
 
+pub mod cache;
 pub mod checksum;
 pub mod chunk;
 pub mod cli;

@@ -216,6 +216,12 @@ impl ChunkHeader {
         self.crcs.len()
     }
 
+    /// The volume's blocks that the stored blocks are, in order.
+    pub fn stored_at(&self) -> impl Iterator<Item = BlockNo> {
+        let of = |e: &ChunkExtent| (e.block.0..e.block.0 + e.blocks).map(BlockNo);
+        self.extents.iter().filter(|e| e.kind.stores()).flat_map(of)
+    }
+
     /// The header as it is stored: exactly [`HEADER_ROOM`] bytes.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Reading blocks out of chunks in the store, each checked against its checksum and address.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, EpochEntry, Manifest};
 use crate::map::Location;
 use crate::store::Store;
-use crate::units::{BLOCK, BlockNo, ChunkNo, SECTORS_PER_BLOCK};
+use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, Nonce, SECTORS_PER_BLOCK};
 
 /// The mask of a block with all its sectors.
 pub(crate) const WHOLE: u8 = 0xff;
@@ -36,6 +37,14 @@ impl Keys {
     pub fn set(&self, m: &Manifest) {
         let all = m.sources().map(|s| Source { prefix: s.prefix(), uuid: s.uuid, history: s.history.to_vec() });
         *self.sources.write().unwrap_or_else(PoisonError::into_inner) = all.collect();
+    }
+
+    /// Which source has this chunk, if that attachment owns it.
+    #[must_use]
+    pub fn source(&self, volume: Uuid, chunk: ChunkNo, epoch: Epoch, nonce: Nonce) -> Option<u8> {
+        let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
+        let n = sources.iter().position(|s| s.uuid == volume)?;
+        (manifest::owner(&sources[n].history, chunk) == Some((epoch, nonce))).then(|| u8::try_from(n).ok()).flatten()
     }
 
     /// The key of a chunk, and whose it is.
@@ -71,6 +80,46 @@ pub struct Blocks {
     pub data: Bytes,
     /// Blocks that are not whole: (index in `data`, mask of the sectors that are good).
     pub bad: Vec<(usize, u8)>,
+}
+
+/// Stored blocks of a chunk, as read and checked.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// The object.
+    pub key: String,
+    /// What the chunk says of them.
+    pub header: Arc<ChunkHeader>,
+    /// The first one's number among the chunk's stored blocks.
+    pub from: usize,
+    /// Their bytes, 4096 each.
+    pub data: Bytes,
+    /// Blocks that are not whole: (index in `data`, mask of the sectors that are good; 0: it fails its check).
+    pub bad: Vec<(usize, u8)>,
+}
+
+impl Stored {
+    /// Those from `index` on, which the map has as the volume's from `first` on. `None` when one of them fails its check.
+    #[must_use]
+    pub fn part(&self, index: usize, first: BlockNo, blocks: usize) -> Option<Blocks> {
+        let part = self.part_as_read(index, first, blocks);
+        part.bad.iter().all(|(_, good)| *good != 0).then_some(part)
+    }
+
+    /// The same, with what fails its check, or is another block of the volume, among the bad.
+    fn part_as_read(&self, index: usize, first: BlockNo, blocks: usize) -> Blocks {
+        let skip = index - self.from;
+        let data = self.data.slice(skip * BLOCK..(skip + blocks) * BLOCK);
+        let known =
+            self.bad.iter().filter(|(i, _)| (skip..skip + blocks).contains(i)).map(|(i, good)| (i - skip, *good));
+        let mut bad: Vec<(usize, u8)> = known.collect();
+        for (i, at) in self.header.stored_at().skip(index).take(blocks).enumerate() {
+            if at.0 != first.0 + i as u64 {
+                bad.retain(|(b, _)| *b != i);
+                bad.push((i, 0));
+            }
+        }
+        Blocks { data, bad }
+    }
 }
 
 /// See the module's page.
@@ -167,32 +216,50 @@ impl ChunkReader {
     }
 
     async fn read_once(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Blocks> {
-        let (source, chunk, index) = (at.source(), at.chunk(), at.index());
+        let (index, blocks) = (usize::from(at.index()), usize::from(blocks));
+        let stored = self.read_stored(at.source(), at.chunk(), index..index + blocks).await?;
+        let read = stored.part_as_read(index, first, blocks);
+        if self.logs {
+            for (i, _) in read.bad.iter().filter(|(_, good)| *good == 0) {
+                let volume_block = first.0 + *i as u64;
+                tracing::error!(
+                    "block {volume_block} (byte {} of the volume) fails its check in {}, block {}",
+                    volume_block * BLOCK as u64,
+                    stored.key,
+                    index + i
+                );
+            }
+        }
+        Ok(read)
+    }
+
+    /// Reads stored blocks of a chunk, whatever blocks of the volume they are, and checks them.
+    ///
+    /// # Errors
+    /// `NotFound` when the object is missing, `Corrupt` when it is cut or not this chunk; the store's.
+    pub async fn read_stored(&self, source: u8, chunk: ChunkNo, blocks: Range<usize>) -> Result<Stored> {
         let (key, _) = self.keys.key(source, chunk)?;
-        let start = HEADER_ROOM as u64 + u64::from(index) * BLOCK as u64;
-        let range = start..start + u64::from(blocks) * BLOCK as u64;
+        let at = |n: usize| (HEADER_ROOM + n * BLOCK) as u64;
+        let range = at(blocks.start)..at(blocks.end);
         let data = async { self.store.get_range(&key, range).await.map_err(|e| missing(e, &key)) };
         // Side by side: a cold read costs one round trip.
         let (header, data) = futures_util::future::try_join(self.header(source, chunk), data).await?;
+        let mut addresses = header.stored_at().skip(blocks.start);
         let mut bad = Vec::new();
         for (i, block) in data.chunks_exact(BLOCK).enumerate() {
-            let n = usize::from(index) + i;
-            let volume_block = BlockNo(first.0 + i as u64);
-            match good_sectors(&header, n, volume_block, block) {
-                Some(WHOLE) => {}
-                Some(good) => bad.push((i, good)),
-                None => {
-                    if self.logs {
-                        tracing::error!(
-                            "block {volume_block} (byte {} of the volume) fails its check in {key}, block {n}",
-                            volume_block.0 * BLOCK as u64
-                        );
-                    }
-                    bad.push((i, 0));
-                }
+            let good = addresses.next().and_then(|at| good_sectors(&header, blocks.start + i, at, block)).unwrap_or(0);
+            if good != WHOLE {
+                bad.push((i, good));
             }
         }
-        Ok(Blocks { data, bad })
+        drop(addresses);
+        Ok(Stored { key, header, from: blocks.start, data, bad })
+    }
+
+    /// How many blocks a chunk has, if its header is kept here.
+    #[must_use]
+    pub fn stored_blocks(&self, source: u8, chunk: ChunkNo) -> Option<usize> {
+        self.kept((source, chunk)).map(|h| h.stored_blocks())
     }
 }
 

@@ -6,7 +6,7 @@ use super::args::{AddArgs, MAX_QUEUES};
 use super::claim::take;
 use super::engine::{self, AttachOptions, Collect, CreateOptions, DeviceSpec};
 use super::output::print;
-use super::place::{DEFAULT_WAL, log_at, not_on_ublk};
+use super::place::{DEFAULT_WAL, cache_folder, log_at, not_on_ublk};
 use super::recover;
 use super::serve::{self, Plan, Told};
 use super::settings::{LogPlace, Settings};
@@ -136,6 +136,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         resume: false,
         accept_loss: args.accept_loss,
         gc: Collect::default(),
+        cache: cache_folder(args.cache.clone(), settings)?.map(|c| c.of(volume)),
         guard_memory: true,
     };
     let strict = args.strict || defaults.strict;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
 pub(crate) use store::{
-    CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, LogArgs, RebuildArgs, SnapshotCommand, VolumeCommand,
-    WalCommand,
+    CacheArgs, CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, LogArgs, RebuildArgs, SnapshotCommand,
+    VolumeCommand, WalCommand,
 };
 
 use crate::config::{ByteSize, VolumeName};
@@ -171,6 +171,8 @@ pub(crate) struct AddArgs {
     /// The most that the write-ahead log takes in its folder [env: VB_UBLK_WAL_SIZE; default: 1G]
     #[arg(long, value_name = "SIZE")]
     pub(crate) wal_size: Option<ByteSize>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
     /// The logical block size of a volume to create [default: 512]
     #[arg(long, value_name = "BYTES", value_parser = logical_block, requires = "create")]
     pub(crate) logical_block_size: Option<u32>,
@@ -266,6 +268,8 @@ pub(crate) struct NbdArgs {
     /// The most that the write-ahead log of each volume takes [env: VB_UBLK_WAL_SIZE; default: 1G]
     #[arg(long, value_name = "SIZE")]
     pub(crate) wal_size: Option<ByteSize>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]

@@ -28,6 +28,7 @@ use crate::volume::lane::VolumeLane;
 use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
 use crate::wal;
 
+pub(super) use crate::cache::{Place as CachePlace, check_size as check_cache_size, file_in as cache_file};
 pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::gc::Policy as Collect;
@@ -256,7 +257,7 @@ pub(super) struct Attached(Host);
 /// A volume on a lane.
 pub(super) type LaneEngine = VolumeLane<LaneDisk, LaneTimer>;
 
-/// A descriptor of the log that tells when it is closed.
+/// A descriptor of the log, or the cache, that tells when it is closed.
 struct UsedFile {
     file: File,
     _user: Arc<()>,
@@ -306,12 +307,16 @@ impl View {
         self.0.is_gone()
     }
 
-    /// The volume as `lane` sees it. `user` is let go of when the lane, and each of its requests in flight, has let go of the log.
+    /// The volume as `lane` sees it. `user` is let go of when the lane, and each of its requests in flight, has let go of the log and the cache.
     pub(super) fn lane(&self, lane: &Lane, user: Arc<()>) -> Result<Rc<LaneEngine>> {
         // A dup shares the open file description, and with it the lock.
-        let log = self.0.log_file().dup().context(|| "opening the write-ahead log for a queue")?;
-        let disk = LaneDisk::new(lane, Arc::new(UsedFile { file: log, _user: user }));
-        Ok(VolumeLane::new(Arc::clone(&self.0), disk, LaneTimer::new(lane)))
+        let disk = |file: &DataFile, what: &str| {
+            let file = file.dup().context(|| format!("opening {what} for a queue"))?;
+            Ok::<_, Error>(LaneDisk::new(lane, Arc::new(UsedFile { file, _user: Arc::clone(&user) })))
+        };
+        let of_cache = self.0.cache().map(|c| disk(c.file(), "the cache")).transpose()?;
+        let disk = disk(self.0.log_file(), "the write-ahead log")?;
+        Ok(VolumeLane::with_cache(Arc::clone(&self.0), disk, of_cache, LaneTimer::new(lane)))
     }
 }
 

@@ -80,6 +80,7 @@ pub(super) fn offline(
         resume: false,
         accept_loss: false,
         gc: Collect::default(),
+        cache: None,
         guard_memory: false,
     })?;
     let view = attached.view();

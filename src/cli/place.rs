@@ -5,14 +5,18 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::engine;
+use super::args::CacheArgs;
+use super::engine::{self, CachePlace};
 use super::layers::ublk_below;
-use super::settings::LogPlace;
+use super::settings::{LogPlace, Settings};
 use crate::config::{ByteSize, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::StoreUrl;
 
 /// The most that a log takes in its folder, unless told otherwise.
 pub(super) const DEFAULT_WAL: ByteSize = ByteSize(1 << 30);
+/// The most that a cache takes, unless told otherwise.
+const DEFAULT_CACHE: ByteSize = ByteSize(4 << 30);
 
 pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).context(|| format!("finding the absolute path of {:?}", path.display()))
@@ -37,15 +41,19 @@ pub(super) fn not_on_ublk(what: &str, path: &Path) -> Result<()> {
 
 /// Makes the folder of logs, or checks that it can be written to.
 pub(super) fn wal_folder(dir: &Path) -> Result<()> {
-    let what = "the folder of the write-ahead log";
+    folder("the folder of the write-ahead log", "--wal-dir", dir)
+}
+
+/// Makes a folder of ours, or checks that it can be written to; `option` chooses another.
+fn folder(what: &str, option: &str, dir: &Path) -> Result<()> {
     not_on_ublk(what, dir)?;
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .context(|| format!("making {what} {} (choose another with --wal-dir)", dir.display()))?;
+        .context(|| format!("making {what} {} (choose another with {option})", dir.display()))?;
     if nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).is_err() {
-        let what = format!("{what} {} cannot be written to: choose another with --wal-dir", dir.display());
+        let what = format!("{what} {} cannot be written to: choose another with {option}", dir.display());
         return Err(Error::new(ErrorKind::Denied, what));
     }
     Ok(())
@@ -55,6 +63,34 @@ pub(super) fn wal_folder(dir: &Path) -> Result<()> {
 pub(super) fn wal_file(dir: &Path, volume: &VolumeName) -> Result<PathBuf> {
     wal_folder(dir)?;
     Ok(dir.join(format!("{volume}.wal")))
+}
+
+/// Where caches are, and how large each is.
+#[derive(Debug, Clone)]
+pub(super) struct CacheFolder {
+    dir: PathBuf,
+    bytes: u64,
+}
+
+impl CacheFolder {
+    /// That of a volume.
+    pub(super) fn of(&self, volume: &VolumeName) -> CachePlace {
+        CachePlace { path: engine::cache_file(&self.dir, volume.as_str()), bytes: self.bytes }
+    }
+}
+
+/// Where caches are, if there are to be any. A folder that is the store needs no copy of itself unless somebody asks for it.
+pub(super) fn cache_folder(wanted: CacheArgs, settings: &Settings) -> Result<Option<CacheFolder>> {
+    let CacheArgs { cache_dir, cache_size } = wanted.or(&settings.add.cache);
+    let usual = if matches!(settings.store, StoreUrl::S3 { .. }) { DEFAULT_CACHE } else { ByteSize(0) };
+    let bytes = cache_size.unwrap_or(usual).0;
+    if bytes == 0 {
+        return Ok(None);
+    }
+    engine::check_cache_size(bytes)?;
+    let dir = absolute(&cache_dir.unwrap_or_else(|| settings.data_dir.join("cache")))?;
+    folder("the folder of the cache", "--cache-dir", &dir)?;
+    Ok(Some(CacheFolder { dir, bytes }))
 }
 
 /// The log's path, and how much it may take: `most` of a folder, which is made, or the whole of a device.

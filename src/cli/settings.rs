@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::args::{Global, TlsMode};
+use super::args::{CacheArgs, Global, TlsMode};
 use super::metrics;
 use super::nbd::listen;
 use crate::config::{ByteSize, FileConfig};
@@ -34,6 +34,7 @@ pub(crate) struct AddDefaults {
     pub(crate) depth: Option<u16>,
     pub(crate) log: Option<LogPlace>,
     pub(crate) wal_size: Option<ByteSize>,
+    pub(crate) cache: CacheArgs,
     /// In seconds.
     pub(crate) io_timeout: Option<u32>,
     pub(crate) metrics: Option<SocketAddr>,
@@ -180,7 +181,10 @@ impl AddDefaults {
             return Err(Error::new(ErrorKind::Usage, format!("both {DIR} and {DEVICE} are set: keep one of them")));
         }
         const METRICS: &str = "VB_UBLK_METRICS";
-        let size = around.first(&[SIZE]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(SIZE))).transpose()?;
+        let bytes =
+            |name| around.first(&[name]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(name))).transpose();
+        let size = bytes(SIZE)?;
+        let cache = CacheArgs { cache_dir: path("VB_UBLK_CACHE_DIR"), cache_size: bytes("VB_UBLK_CACHE_SIZE")? };
         let (address, place) = match around.first(&[METRICS]) {
             Some(v) => (Some(v), METRICS),
             None => (file.metrics, "`metrics` in the configuration file"),
@@ -191,6 +195,7 @@ impl AddDefaults {
             depth: around.number("VB_UBLK_DEPTH")?.or(file.depth),
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
             wal_size: size.or(file.wal_size),
+            cache: cache.or(&CacheArgs { cache_dir: file.cache_dir, cache_size: file.cache_size }),
             io_timeout: around.number("VB_UBLK_IO_TIMEOUT")?.or(file.io_timeout),
             metrics,
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
@@ -328,21 +333,33 @@ mod tests {
     fn what_add_does_unless_told_otherwise() {
         let none = Global::default();
         let add = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.add);
-        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\nio-timeout = 8\nmetrics = 7\n\
+        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\ncache-dir = \"/cf\"\ncache-size = 0\nio-timeout = 8\nmetrics = 7\n\
                     strict = true\n";
         let from_file = AddDefaults {
             queues: Some(1),
             depth: Some(2),
             log: Some(LogPlace::Dir("/file".into())),
             wal_size: Some(ByteSize(3 << 30)),
+            cache: CacheArgs { cache_dir: Some("/cf".into()), cache_size: Some(ByteSize(0)) },
             io_timeout: Some(8),
             metrics: Some("127.0.0.1:7".parse().expect("address")),
             strict: true,
         };
         assert_eq!(add(&[], "").expect("nothing"), AddDefaults::default());
         assert_eq!(add(&[], file).expect("file"), from_file);
-        let empty = ["QUEUES", "DEPTH", "WAL_DIR", "WAL_DEVICE", "WAL_SIZE", "IO_TIMEOUT", "METRICS", "STRICT"]
-            .map(|n| format!("VB_UBLK_{n}"));
+        let empty = [
+            "QUEUES",
+            "DEPTH",
+            "WAL_DIR",
+            "WAL_DEVICE",
+            "WAL_SIZE",
+            "CACHE_DIR",
+            "CACHE_SIZE",
+            "IO_TIMEOUT",
+            "METRICS",
+            "STRICT",
+        ]
+        .map(|n| format!("VB_UBLK_{n}"));
         let empty: Vec<_> = empty.iter().map(|n| (n.as_str(), "")).collect();
         assert_eq!(add(&empty, file).expect("empty is not set"), from_file);
         let env = [
@@ -350,6 +367,8 @@ mod tests {
             ("VB_UBLK_DEPTH", "5"),
             ("VB_UBLK_WAL_DEVICE", "/dev/env"),
             ("VB_UBLK_WAL_SIZE", "6G"),
+            ("VB_UBLK_CACHE_DIR", "/ce"),
+            ("VB_UBLK_CACHE_SIZE", "8G"),
             ("VB_UBLK_IO_TIMEOUT", "9"),
             ("VB_UBLK_METRICS", "[::1]:0"),
             ("VB_UBLK_STRICT", "no"),
@@ -359,6 +378,7 @@ mod tests {
             depth: Some(5),
             log: Some(LogPlace::Device("/dev/env".into())),
             wal_size: Some(ByteSize(6 << 30)),
+            cache: CacheArgs { cache_dir: Some("/ce".into()), cache_size: Some(ByteSize(8 << 30)) },
             io_timeout: Some(9),
             metrics: Some("[::1]:0".parse().expect("address")),
             strict: false,

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::engine::CachePlace;
 use crate::checksum::sha256_hex;
 use crate::config::VolumeName;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -36,6 +37,9 @@ pub(crate) struct How {
     pub(crate) ca_cert: Option<PathBuf>,
     pub(crate) insecure: bool,
     pub(crate) log_bytes: u64,
+    /// None without a cache, and in the states of older programs.
+    #[serde(default)]
+    pub(crate) cache: Option<CachePlace>,
     pub(crate) read_only: bool,
     /// In seconds.
     #[serde(default)]

@@ -16,7 +16,9 @@ pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
 use super::{Command, ReadRequest, Volume, admin, fixed};
-use crate::chunk::reader::ChunkReader;
+use crate::cache::fetch::Fetcher;
+use crate::cache::{self, Cache};
+use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -65,6 +67,8 @@ pub struct AttachOptions {
     pub accept_loss: bool,
     /// How garbage is collected.
     pub gc: gc::Policy,
+    /// The local cache of what is in the store.
+    pub cache: Option<cache::Place>,
     /// It will be a device of this machine, whose memory may fill up with what is to be written to it.
     pub guard_memory: bool,
 }
@@ -89,6 +93,7 @@ impl Host {
     /// Those of [`attach`], of the log's file, and of the store.
     pub fn attach(opts: AttachOptions) -> Result<Self> {
         admin::split_name(&opts.volume)?;
+        let cache = open_cache(&opts)?;
         let (told, answer) = oneshot::channel();
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
@@ -111,6 +116,9 @@ impl Host {
         let (volume, reads, reader) = answer.blocking_recv().map_err(|_| {
             Error::new(ErrorKind::Internal, "the volume's background thread ended before it had attached")
         })??;
+        if let Some(cache) = cache.clone() {
+            volume.set_cache(cache);
+        }
         let served = volume.clone();
         let reading = spawn("vb-reads", move || {
             tokio_uring::start(async move {
@@ -126,8 +134,16 @@ impl Host {
                     let store = Arc::new(Metrics::new(Arc::new(store)));
                     served.count_store(store.clone());
                     let reader = reader.over(Arc::new(Retry::new(store, Policy::serving())));
-                    let gone = std::pin::pin!(served.until_gone());
-                    select(std::pin::pin!(serve_reads(reads, reader)), gone).await;
+                    let cache = cache.and_then(|c| Some((c.clone(), disk_of(c.file()).ok()?)));
+                    let restored = async {
+                        let Some((cache, disk)) = &cache else { return };
+                        if served.until_confirmed().await.is_ok() {
+                            cache.restore(disk, reader.keys()).await;
+                        }
+                    };
+                    let fetcher = Fetcher::new(reader.clone(), cache.clone());
+                    let work = futures_util::future::join(serve_reads(reads, fetcher), restored);
+                    select(std::pin::pin!(work), std::pin::pin!(served.until_gone())).await;
                 };
                 futures_util::future::join(keeper, reads).await;
             });
@@ -188,21 +204,38 @@ fn step_back() {
 }
 
 /// Serves lanes' reads of chunks, until there are no lanes.
-pub async fn serve_reads(mut requests: mpsc::Receiver<ReadRequest>, reader: ChunkReader) {
+pub async fn serve_reads<D: Disk>(mut requests: mpsc::Receiver<ReadRequest>, fetcher: Fetcher<D>) {
     let mut running = FuturesUnordered::new();
     loop {
         tokio::select! {
             Some(()) = running.next() => {}
             request = requests.recv(), if running.len() < MAX_READS => {
                 let Some(ReadRequest { at, first, blocks, reply }) = request else { break };
-                let reader = &reader;
+                let fetcher = &fetcher;
                 running.push(async move {
-                    let _ = reply.send(reader.read(at, first, blocks).await);
+                    let (answer, fetched) = fetcher.fetch(at, first, blocks).await;
+                    let _ = reply.send(answer);
+                    if let Some(fetched) = fetched {
+                        fetcher.keep(fetched).await;
+                    }
                 });
             }
         }
     }
     while running.next().await.is_some() {}
+}
+
+/// A volume whose device waits, or whose host has no room for a cache, is served without one rather than not at all.
+fn open_cache(opts: &AttachOptions) -> Result<Option<Arc<Cache>>> {
+    let Some(place) = &opts.cache else { return Ok(None) };
+    match Cache::open(place) {
+        Ok(cache) => Ok(Some(Arc::new(cache))),
+        Err(e) if opts.resume || e.kind() == ErrorKind::Full => {
+            tracing::warn!("volume {} goes on without its cache: {e}", opts.volume);
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// This process, as a manifest names it.

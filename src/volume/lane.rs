@@ -20,6 +20,8 @@ use futures_util::future::{Either, join_all, select};
 use super::Volume;
 use super::counts::{Kind, LaneCounter};
 use super::engine::{Engine, Extent, IoFault};
+use crate::cache::slot::PAGE_BLOCKS;
+use crate::cache::{Cache, Page};
 use crate::checksum::block_crc;
 use crate::chunk::reader::{Blocks, sectors_good};
 use crate::disk::{Disk, IoBuf};
@@ -41,6 +43,8 @@ const LOOK_FOR_EXPIRED: Duration = Duration::from_millis(100);
 pub struct VolumeLane<D: Disk, T: Timer> {
     volume: Arc<Volume>,
     appender: Rc<Appender<D>>,
+    /// The volume's cache, and the lane's own descriptor of its file.
+    cache: Option<(Arc<Cache>, D)>,
     timer: T,
     spare: RefCell<Vec<Vec<Piece>>>,
     counter: LaneCounter,
@@ -76,6 +80,11 @@ fn unpin(log: &Log, pieces: &[Piece]) {
     }
 }
 
+/// How many blocks a part of the volume touches.
+const fn blocks_of(lba: Lba, dst: &IoBuf) -> usize {
+    ((lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR + dst.len()).div_ceil(BLOCK)
+}
+
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         self.log.unpin(self.block);
@@ -85,9 +94,15 @@ impl Drop for Pin<'_> {
 impl<D: Disk, T: Timer> VolumeLane<D, T> {
     /// A lane of `volume`; `disk` is the lane's own descriptor of the volume's log.
     pub fn new(volume: Arc<Volume>, disk: D, timer: T) -> Rc<Self> {
+        Self::with_cache(volume, disk, None, timer)
+    }
+
+    /// One that reads from the volume's cache, too; `of_cache` is the lane's own descriptor of its file.
+    pub fn with_cache(volume: Arc<Volume>, disk: D, of_cache: Option<D>, timer: T) -> Rc<Self> {
         let appender = Rc::new(Appender::new(volume.log.clone(), disk));
         let counter = volume.counter();
-        Rc::new(Self { volume, appender, timer, spare: RefCell::default(), counter })
+        let cache = volume.cache().cloned().zip(of_cache);
+        Rc::new(Self { volume, appender, cache, timer, spare: RefCell::default(), counter })
     }
 
     fn check(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
@@ -201,8 +216,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         let at = u64::from(blk.0) * BLOCK as u64;
         let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
         let in_place = skip == 0 && dst.is_aligned(BLOCK);
-        let blocks = (skip + dst.len()).div_ceil(BLOCK);
-        let mut buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks * BLOCK) };
+        let mut buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks_of(lba, &dst) * BLOCK) };
         if let Err(e) = self.appender.disk().read_at(at, buf.clone()).await {
             tracing::error!("reading the log at byte {at} for block {} failed: {e}", lba.block());
             return Err(IoFault::Io);
@@ -255,10 +269,72 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         }
     }
 
+    /// What is in chunks: page by page from the cache, the rest from the store, all at once.
     async fn read_stored(&self, lba: Lba, at: Location, dst: IoBuf) -> Result<(), IoFault> {
+        let Some((cache, disk)) = &self.cache else { return self.read_remote(lba, at, dst).await };
+        let blocks = blocks_of(lba, &dst);
+        if usize::from(at.index()) % PAGE_BLOCKS + blocks <= PAGE_BLOCKS {
+            return match cache.find(at, blocks) {
+                Some(page) => self.read_cached(cache, disk, &page, lba, at, dst).await,
+                None => self.read_remote(lba, at, dst).await,
+            };
+        }
+        let mut parts: Vec<(usize, usize, Option<Arc<Page>>)> = Vec::new();
+        let mut from = 0;
+        while from < blocks {
+            let here = at.plus(from as u16);
+            let n = (PAGE_BLOCKS - usize::from(here.index()) % PAGE_BLOCKS).min(blocks - from);
+            match (cache.find(here, n), parts.last_mut()) {
+                (None, Some((_, missing, None))) => *missing += n,
+                (page, _) => parts.push((from, n, page)),
+            }
+            from += n;
+        }
+        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
+        let reads = parts.iter().map(|(from, n, page)| {
+            // The first part may begin inside its block, and the last one end inside its own.
+            let bytes = (from * BLOCK).saturating_sub(skip)..((from + n) * BLOCK - skip).min(dst.len());
+            let lba = Lba(lba.0 + (bytes.start / SECTOR) as u64);
+            let (at, part) = (at.plus(*from as u16), dst.slice(bytes));
+            async move {
+                match page {
+                    Some(page) => self.read_cached(cache, disk, page, lba, at, part).await,
+                    None => self.read_remote(lba, at, part).await,
+                }
+            }
+        });
+        // All of them, whatever becomes of one: a part that is still being read owns its part of the buffer.
+        join_all(reads).await.into_iter().collect()
+    }
+
+    async fn read_cached(
+        &self,
+        cache: &Cache,
+        disk: &D,
+        page: &Page,
+        lba: Lba,
+        at: Location,
+        dst: IoBuf,
+    ) -> Result<(), IoFault> {
+        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
+        let in_place = skip == 0 && dst.is_aligned(BLOCK);
+        let buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks_of(lba, &dst) * BLOCK) };
+        if cache.read(disk, page, at, lba.block(), buf.clone()).await.is_none() {
+            return self.read_remote(lba, at, dst).await;
+        }
+        if !in_place {
+            dst.copy_in(0, &buf.bytes()[skip..skip + dst.len()]);
+        }
+        Ok(())
+    }
+
+    async fn read_remote(&self, lba: Lba, at: Location, dst: IoBuf) -> Result<(), IoFault> {
         let first = lba.0 % SECTORS_PER_BLOCK;
         let sectors = (dst.len() / SECTOR) as u64;
-        let blocks = (first + sectors).div_ceil(SECTORS_PER_BLOCK);
+        let blocks = blocks_of(lba, &dst);
+        if let Some((cache, _)) = &self.cache {
+            cache.missed(dst.len() as u64);
+        }
         let read = self.within(self.volume.read_chunk(at, lba.block(), blocks as u16)).await?;
         let Some(Blocks { data, bad }) = read else { return self.read_moved(lba, at, dst).await };
         for (i, mask) in bad {

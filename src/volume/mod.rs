@@ -56,6 +56,7 @@ use futures_util::future::{Either, select};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+use crate::cache::Cache;
 use crate::chunk::reader::Blocks;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -155,6 +156,7 @@ pub struct Volume {
     counts: LaneCounts,
     /// Those of each store thread's client.
     store_metrics: Mutex<Vec<Arc<Metrics>>>,
+    cache: OnceLock<Arc<Cache>>,
 }
 
 /// What a volume is made of.
@@ -203,6 +205,7 @@ impl Volume {
             background: Mutex::default(),
             counts: LaneCounts::default(),
             store_metrics: Mutex::default(),
+            cache: OnceLock::new(),
         };
         (Arc::new(volume), reads_out, commands_out)
     }
@@ -242,6 +245,17 @@ impl Volume {
     #[must_use]
     pub const fn log_file(&self) -> &Arc<DataFile> {
         &self.log_file
+    }
+
+    /// Its cache, if it has one: lanes dup the file.
+    #[must_use]
+    pub fn cache(&self) -> Option<&Arc<Cache>> {
+        self.cache.get()
+    }
+
+    /// Gives it a cache: once, before the first lane.
+    pub(crate) fn set_cache(&self, cache: Arc<Cache>) {
+        let _ = self.cache.set(cache);
     }
 
     /// Whether the base is known.
@@ -397,6 +411,7 @@ impl Volume {
             background,
             requests: self.counts.sum(),
             store_requests: self.store_counts(),
+            cache: self.cache().map(|c| c.status()),
         }
     }
 }

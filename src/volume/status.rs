@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::counts::Requests;
+use crate::cache::CacheStatus;
 use crate::store::metrics::Snapshot;
 use crate::wal::log::LogStatus;
 
@@ -114,4 +115,7 @@ pub struct VolumeStatus {
     /// What has gone through the store since the attach, tries that failed included.
     #[serde(default)]
     pub store_requests: Snapshot,
+    /// The local cache; absent without one.
+    #[serde(default)]
+    pub cache: Option<CacheStatus>,
 }

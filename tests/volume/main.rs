@@ -1,6 +1,7 @@
 //! The volume over a real log file and a file store, without a frontend.
 
 mod at_once;
+mod cache;
 mod dependants;
 mod diff;
 mod flatten;
@@ -302,7 +303,7 @@ fn flushes_and_fua_reach_stable_storage() {
     let counter = synced.clone();
     on_lane_with(
         host.volume(),
-        |disk| Counted { disk, synced: counter },
+        |disk| Counted { disk, synced: counter.clone() },
         async |e| {
             let write = async |lba: u64, fua| e.write(Lba(lba), buf_of(&[1; 4096]), fua).await.unwrap();
             let (mut plain, mut by_flush, mut by_fua, mut other_lane, mut discards) = (0, 0, 0, 0, 0);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::Result;
 use vb_ublk::gc::Policy;
@@ -34,15 +35,16 @@ pub(crate) fn on_lane<F: Future>(volume: &Arc<Volume>, f: impl FnOnce(Rc<TestLan
     on_lane_with(volume, |disk| disk, f)
 }
 
-/// The same on a disk of the test's own over the log.
+/// The same on disks of the test's own over the log and the cache.
 pub(crate) fn on_lane_with<D: Disk, F: Future>(
     volume: &Arc<Volume>,
-    wrap: impl FnOnce(LaneDisk) -> D,
+    wrap: impl Fn(LaneDisk) -> D,
     f: impl FnOnce(Rc<VolumeLane<D, LaneTimer>>) -> F,
 ) -> F::Output {
     let lane = Lane::new(OwnRing::new(256, RingMode::default()).unwrap()).unwrap();
-    let disk = LaneDisk::new(&lane, volume.log_file().clone());
-    let engine = VolumeLane::new(volume.clone(), wrap(disk), LaneTimer::new(&lane));
+    let disk = |file: &Arc<DataFile>| wrap(LaneDisk::new(&lane, file.clone()));
+    let of_cache = volume.cache().map(|c| disk(c.file()));
+    let engine = VolumeLane::with_cache(volume.clone(), disk(volume.log_file()), of_cache, LaneTimer::new(&lane));
     for task in engine.clone().tasks() {
         lane.spawn_boxed(task);
     }
@@ -103,6 +105,7 @@ impl Bench {
             resume: false,
             accept_loss: false,
             gc: Policy::default(),
+            cache: None,
             guard_memory: true,
         }
     }

@@ -155,6 +155,27 @@ impl LogArgs {
     }
 }
 
+/// The local cache of what is in the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub(crate) struct CacheArgs {
+    /// The folder of the local cache, best on a fast local disk [env: VB_UBLK_CACHE_DIR; default: `cache` in the data folder]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// The most that the local cache of a volume takes there; 0 is none [env: VB_UBLK_CACHE_SIZE; default: 4G for a store over S3, else 0]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cache_size: Option<ByteSize>,
+}
+
+impl CacheArgs {
+    /// With what another place says where this one says nothing.
+    pub(crate) fn or(self, other: &Self) -> Self {
+        Self {
+            cache_dir: self.cache_dir.or_else(|| other.cache_dir.clone()),
+            cache_size: self.cache_size.or(other.cache_size),
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct GcArgs {
     /// The volume: attached on this host, or nowhere

@@ -125,6 +125,10 @@ const GAUGES: &[Gauge] = &[
     ("space_garbage", In::Bytes, "What of the volume's own chunks nobody needs", |v| {
         v.background.space.and_then(|s| number(s.garbage_bytes))
     }),
+    ("cache_size", In::Bytes, "Size of the local cache; absent without one", |v| {
+        v.cache.and_then(|c| number(c.size_bytes))
+    }),
+    ("cache_used", In::Bytes, "What of the local cache has content", |v| v.cache.and_then(|c| number(c.used_bytes))),
 ];
 
 const COUNTERS: &[Counter] = &[
@@ -144,6 +148,22 @@ const COUNTERS: &[Counter] = &[
     }),
     ("gc_deleted_objects", In::Count, "Objects that garbage collection has deleted, chunks and others", |v| {
         v.background.space.unwrap_or_default().gc_deleted_objects
+    }),
+    ("cache_hits", In::Count, "Reads, or parts of reads, that the local cache answered", |v| {
+        v.cache.unwrap_or_default().hits
+    }),
+    ("cache_hit", In::Bytes, "Bytes that the local cache answered reads with", |v| {
+        v.cache.unwrap_or_default().hit_bytes
+    }),
+    ("cache_misses", In::Count, "Reads, or parts of reads, that had to go to the store past a local cache", |v| {
+        v.cache.unwrap_or_default().misses
+    }),
+    ("cache_miss", In::Bytes, "Bytes of reads that had to go to the store past a local cache", |v| {
+        v.cache.unwrap_or_default().miss_bytes
+    }),
+    ("cache_written", In::Bytes, "What was written to the local cache", |v| v.cache.unwrap_or_default().written_bytes),
+    ("cache_damaged_pages", In::Count, "Pages of the local cache that failed their check and were forgotten", |v| {
+        v.cache.unwrap_or_default().damaged
     }),
 ];
 

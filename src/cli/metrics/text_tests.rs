@@ -1,6 +1,7 @@
 use uuid::Uuid;
 
 use super::*;
+use crate::cache::CacheStatus;
 use crate::frontend::nbd::ServerStatus;
 use crate::store::metrics::{OpCounts, Snapshot};
 use crate::volume::counts::{RequestCounts, Requests};
@@ -64,6 +65,14 @@ fn status() -> VolumeStatus {
             put: OpCounts { requests: 4, errors: 0, bytes_in: 0, bytes_out: 4_194_304 },
             ..Snapshot::default()
         },
+        cache: Some(CacheStatus {
+            size_bytes: 1 << 30,
+            used_bytes: 1 << 20,
+            hits: 5,
+            hit_bytes: 20_480,
+            misses: 2,
+            ..CacheStatus::default()
+        }),
     }
 }
 

@@ -29,7 +29,7 @@ use super::engine::{self, CreateOptions};
 use super::metrics::{self, Exporter};
 use super::notify::{Word, tell};
 use super::output::print;
-use super::place::{DEFAULT_WAL, absolute, not_on_ublk, wal_folder};
+use super::place::{CacheFolder, DEFAULT_WAL, absolute, cache_folder, not_on_ublk, wal_folder};
 use super::protect;
 use super::settings::{LogPlace, Settings};
 use super::signals::Signals;
@@ -70,6 +70,7 @@ struct Plan {
     linger: Duration,
     wal_dir: PathBuf,
     wal_bytes: u64,
+    cache: Option<CacheFolder>,
     io_timeout: Option<Duration>,
     metrics: Option<SocketAddr>,
     strict: bool,
@@ -101,6 +102,7 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         run,
         wal_dir: plan.wal_dir,
         wal_bytes: plan.wal_bytes,
+        cache: plan.cache,
         io_timeout: plan.io_timeout,
         force: plan.force,
         accept_loss: plan.accept_loss,
@@ -248,6 +250,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
         linger: Duration::from_secs(args.linger.or(nbd.linger).unwrap_or(DEFAULT_LINGER).into()),
         wal_dir,
         wal_bytes,
+        cache: cache_folder(args.cache.clone(), settings)?,
         io_timeout: limit(args.io_timeout.or(add.io_timeout)),
         metrics: args.metrics.or(add.metrics),
         strict: args.strict || add.strict,

@@ -20,7 +20,7 @@ use super::super::jobs::Jobs;
 use super::super::metrics::VolumeFigures;
 use super::super::pause;
 use super::super::phase::{Phase, describe};
-use super::super::place::wal_file;
+use super::super::place::{CacheFolder, wal_file};
 use super::super::state::{Held, RunDir, State};
 use super::listen::Uri;
 use super::registry::Attacher;
@@ -41,6 +41,7 @@ pub(super) struct Volumes {
     pub(super) run: RunDir,
     pub(super) wal_dir: PathBuf,
     pub(super) wal_bytes: u64,
+    pub(super) cache: Option<CacheFolder>,
     pub(super) io_timeout: Option<Duration>,
     pub(super) force: bool,
     /// End damaged logs before their damage.
@@ -243,6 +244,7 @@ impl Volumes {
             resume: false,
             accept_loss: self.accept_loss,
             gc: Collect::default(),
+            cache: self.cache.as_ref().map(|c| c.of(name)),
             guard_memory: false,
         });
         match attached {

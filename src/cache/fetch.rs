@@ -1,0 +1,110 @@
+//! Reads of chunks for the lanes, on a store thread: from the store, and into the cache.
+//!
+//! Invariants:
+//! - Of a range that is on its way nothing is asked for again: who wants a part of it waits for the same answer. It counts as on its way until
+//!   it is in the cache.
+//! - An answer does not wait for the cache.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::future::{FutureExt, LocalBoxFuture, Shared, WeakShared};
+
+use super::Cache;
+use super::slot::PAGE_BLOCKS;
+use crate::chunk::reader::{Blocks, ChunkReader, Stored};
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::map::Location;
+use crate::units::{BLOCK, BlockNo, ChunkNo};
+
+type Answer = std::result::Result<Arc<Stored>, Arc<Error>>;
+type Flight = Shared<LocalBoxFuture<'static, Answer>>;
+
+/// A range of a chunk that is on its way.
+struct OnItsWay {
+    source: u8,
+    chunk: ChunkNo,
+    blocks: Range<usize>,
+    answer: WeakShared<LocalBoxFuture<'static, Answer>>,
+}
+
+/// See the module's page.
+pub struct Fetcher<D> {
+    reader: ChunkReader,
+    cache: Option<(Arc<Cache>, D)>,
+    under_way: RefCell<Vec<OnItsWay>>,
+}
+
+/// What has been fetched and is to be kept; whoever asks for it meanwhile is answered from it.
+pub struct Fetched {
+    source: u8,
+    flight: Flight,
+}
+
+impl<D: Disk> Fetcher<D> {
+    /// One that fetches what it is asked for; with a cache more, and keeps it there.
+    #[must_use]
+    pub fn new(reader: ChunkReader, cache: Option<(Arc<Cache>, D)>) -> Self {
+        Self { reader, cache, under_way: RefCell::default() }
+    }
+
+    /// The blocks that the map places at `at` and following; the first is the volume's block `first`. What came with them goes to
+    /// [`Self::keep`], when the answer has been given.
+    ///
+    /// # Errors
+    /// Those of [`ChunkReader::read`].
+    pub async fn fetch(&self, at: Location, first: BlockNo, blocks: u16) -> (Result<Blocks>, Option<Fetched>) {
+        if self.cache.is_none() {
+            return (self.reader.read(at, first, blocks).await, None);
+        }
+        let (flight, ours) = self.flight(at, blocks);
+        let kept = ours.then(|| Fetched { source: at.source(), flight: flight.clone() });
+        let answer = match flight.await {
+            // What fails its check is read again.
+            Ok(stored) => match stored.part(usize::from(at.index()), first, usize::from(blocks)) {
+                Some(answer) => Ok(answer),
+                None => self.reader.read(at, first, blocks).await,
+            },
+            Err(e) => Err(Error::new(e.kind(), e.to_string())),
+        };
+        (answer, kept)
+    }
+
+    /// The answer that is on its way, or a new one (`true`).
+    fn flight(&self, at: Location, blocks: u16) -> (Flight, bool) {
+        let (source, chunk) = (at.source(), at.chunk());
+        let wanted = usize::from(at.index())..usize::from(at.index()) + usize::from(blocks);
+        let mut under_way = self.under_way.borrow_mut();
+        under_way.retain(|o| o.answer.upgrade().is_some());
+        let same = |o: &&OnItsWay| {
+            (o.source, o.chunk) == (source, chunk) && o.blocks.start <= wanted.start && wanted.end <= o.blocks.end
+        };
+        if let Some(flight) = under_way.iter().find(same).and_then(|o| o.answer.upgrade()) {
+            return (flight, false);
+        }
+        let blocks = self.window(source, chunk, wanted);
+        let (reader, range) = (self.reader.clone(), blocks.clone());
+        let flight = async move { reader.read_stored(source, chunk, range).await.map(Arc::new).map_err(Arc::new) }
+            .boxed_local()
+            .shared();
+        // It has not been polled yet, so it can be downgraded.
+        under_way.extend(flight.downgrade().map(|answer| OnItsWay { source, chunk, blocks, answer }));
+        (flight, true)
+    }
+
+    /// Whole pages, as far as the chunk is known to have them.
+    fn window(&self, source: u8, chunk: ChunkNo, wanted: Range<usize>) -> Range<usize> {
+        let Some(stored) = self.reader.stored_blocks(source, chunk).filter(|n| *n >= wanted.end) else { return wanted };
+        wanted.start / PAGE_BLOCKS * PAGE_BLOCKS..wanted.end.next_multiple_of(PAGE_BLOCKS).min(stored)
+    }
+
+    /// Puts into the cache what was fetched.
+    pub async fn keep(&self, fetched: Fetched) {
+        let (Some((cache, disk)), Some(Ok(stored))) = (&self.cache, fetched.flight.peek()) else { return };
+        let bad: Vec<usize> = stored.bad.iter().map(|(i, _)| *i).collect();
+        debug_assert!(stored.data.len().is_multiple_of(BLOCK));
+        cache.admit(disk, fetched.source, &stored.header, stored.from, &stored.data, &bad).await;
+    }
+}

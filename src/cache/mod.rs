@@ -1,0 +1,474 @@
+//! Blocks of chunks kept on a local disk, in one file for each volume.
+//!
+//! - [`slot`]: the file's format.
+//! - [`fetch`]: what is not here, from the store: one request for all who wait, and into the cache with it.
+//!
+//! Invariants:
+//! - A full, lost, damaged or mixed-up file costs speed, never data: chunks never change, a page is found by its chunk's name, and each
+//!   block is checked when it is read. What fails its check is forgotten and read from the store; nothing is ever synced.
+//! - A slot belongs to one [`Page`], or is free, or is being written: it is free again when the last reader has let go of the page.
+//! - A page is found only when its slot is written.
+//! - Blocks that have lost sectors are never here: the store's chunk says which sectors are good.
+//! - While a volume is attached, the number of a source names the same volume.
+
+pub mod fetch;
+pub mod slot;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use futures_util::stream::{self, StreamExt};
+use serde::{Deserialize, Serialize};
+
+use crate::checksum::block_crc;
+use crate::chunk::header::ChunkHeader;
+use crate::chunk::reader::Keys;
+use crate::disk::file::DataFile;
+use crate::disk::{Disk, IoBuf};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::map::Location;
+use crate::units::{BLOCK, BlockNo, ChunkNo, human_bytes};
+use slot::{PAGE_BLOCKS, SLOT_BYTES, SlotHeader};
+
+/// Slots that the index leaves free, for what is being written and what readers still hold.
+const RESERVE: u32 = 64;
+/// The smallest cache: 256 slots and a little.
+pub const MIN_BYTES: u64 = 32 << 20;
+const _: () = assert!(MIN_BYTES / SLOT_BYTES > 4 * RESERVE as u64);
+/// The largest cache: slots are counted in 32 bits.
+pub const MAX_BYTES: u64 = 1 << 47;
+/// Shards of the index. Each rounds its share up: together less than [`RESERVE`].
+const SHARDS: usize = 16;
+/// Headers read at once when a cache is taken up again.
+const RESTORE_DEPTH: usize = 32;
+
+/// Where a volume's cache is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The file; made when missing.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Which page: source, chunk and number of the page in one word, as in a [`Location`].
+type PageId = u64;
+
+fn page_id(source: u8, chunk: ChunkNo, page: u16) -> PageId {
+    Location::new(source, chunk, page).raw()
+}
+
+fn page_of(at: Location) -> PageId {
+    page_id(at.source(), at.chunk(), at.index() / PAGE_BLOCKS as u16)
+}
+
+#[derive(Debug, Default)]
+struct Free(Mutex<Vec<u32>>);
+
+impl Free {
+    fn take(&self) -> Option<u32> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+    fn give(&self, slot: u32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+    }
+}
+
+/// A slot that somebody has; free again when it is dropped.
+#[derive(Debug)]
+struct Slot {
+    number: u32,
+    free: Arc<Free>,
+}
+
+impl Slot {
+    fn at(&self) -> u64 {
+        u64::from(self.number) * SLOT_BYTES
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.free.give(self.number);
+    }
+}
+
+/// A page in the cache; its slot stays as long as this lives.
+#[derive(Debug)]
+pub struct Page {
+    slot: Slot,
+    present: u16,
+    crcs: [u32; PAGE_BLOCKS],
+}
+
+impl Page {
+    /// Whether the blocks `from .. from + blocks` of the page are here.
+    #[must_use]
+    pub const fn has(&self, from: usize, blocks: usize) -> bool {
+        let wanted = mask(from, blocks);
+        self.present & wanted == wanted
+    }
+}
+
+/// The bits of blocks `from .. from + blocks` of a page.
+const fn mask(from: usize, blocks: usize) -> u16 {
+    (((1_u32 << blocks) - 1) << from) as u16
+}
+
+/// What a cache has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Bytes of the file.
+    pub size_bytes: u64,
+    /// Bytes of chunks that are in it, rounded up to pages.
+    pub used_bytes: u64,
+    /// Reads, or parts of reads, that it answered.
+    pub hits: u64,
+    /// Their bytes.
+    pub hit_bytes: u64,
+    /// Those that had to go to the store.
+    pub misses: u64,
+    /// Their bytes.
+    pub miss_bytes: u64,
+    /// Bytes that were written to it.
+    pub written_bytes: u64,
+    /// Pages that failed their check, or could not be read, and were forgotten.
+    pub damaged: u64,
+    /// Pages that could not be written.
+    pub failed_writes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    hits: AtomicU64,
+    hit_bytes: AtomicU64,
+    misses: AtomicU64,
+    miss_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+    damaged: AtomicU64,
+    failed_writes: AtomicU64,
+}
+
+/// See the module's page.
+pub struct Cache {
+    pages: quick_cache::sync::Cache<PageId, Arc<Page>>,
+    free: Arc<Free>,
+    /// Slots that have not been looked at yet are from here on.
+    looked_at: AtomicU32,
+    slots: u32,
+    file: Arc<DataFile>,
+    counts: Counts,
+    /// The first failure of a write, which is told once.
+    failure: OnceLock<String>,
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cache({}, {} slots)", self.file.path().display(), self.slots)
+    }
+}
+
+impl Cache {
+    /// Opens the file, or makes it. What it holds already counts when [`Self::restore`] has seen it.
+    ///
+    /// # Errors
+    /// `Usage` for a size that is too small or too large, or what is no file; `Busy` when another process has it; `Full` where there is no
+    /// room for the smallest; the file system's.
+    pub fn open(place: &Place) -> Result<Self> {
+        let Place { path, bytes } = place;
+        check_size(*bytes)?;
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder).context(|| format!("making the cache's folder {}", folder.display()))?;
+        }
+        let file = DataFile::open(path, true)?;
+        if file.is_device() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "the cache {} is a block device: make a file system on it, and name a folder there",
+                    path.display()
+                ),
+            ));
+        }
+        let room = room_for(&file)?;
+        if room < MIN_BYTES {
+            return Err(Error::new(
+                ErrorKind::Full,
+                format!(
+                    "the file system of the cache {} has room for {} of it, and {} is the least: make room, name another folder with --cache-dir, \
+                     or do without (--cache-size 0)",
+                    path.display(),
+                    human_bytes(room),
+                    human_bytes(MIN_BYTES)
+                ),
+            ));
+        }
+        if room < *bytes {
+            tracing::warn!(
+                "the cache {} takes {} in place of {}: there is not more room beside the logs",
+                path.display(),
+                human_bytes(room),
+                human_bytes(*bytes)
+            );
+        }
+        let slots = ((*bytes).min(room) / SLOT_BYTES) as u32;
+        let size = u64::from(slots) * SLOT_BYTES;
+        let resized = || format!("giving the cache {} its size", path.display());
+        let had = file.size()?;
+        if had != size {
+            file.dup().and_then(|f| f.set_len(size)).context(resized)?;
+        }
+        let capacity = slots - RESERVE;
+        let options = quick_cache::OptionsBuilder::new()
+            .estimated_items_capacity(capacity as usize)
+            .weight_capacity(u64::from(capacity))
+            .shards(SHARDS)
+            .build()
+            .map_err(|e| Error::new(ErrorKind::Internal, format!("laying out the cache's index: {e}")))?;
+        let pages = quick_cache::sync::Cache::with_options(
+            options,
+            quick_cache::UnitWeighter,
+            quick_cache::DefaultHashBuilder::default(),
+            quick_cache::sync::DefaultLifecycle::default(),
+        );
+        let free = Arc::new(Free::default());
+        // Behind the old end there is nothing to be looked at.
+        let old = ((had / SLOT_BYTES) as u32).min(slots);
+        *free.0.lock().unwrap_or_else(PoisonError::into_inner) = (old..slots).rev().collect();
+        Ok(Self {
+            pages,
+            free,
+            looked_at: old.into(),
+            slots,
+            file: Arc::new(file),
+            counts: Counts::default(),
+            failure: OnceLock::new(),
+        })
+    }
+
+    /// The file: lanes dup it.
+    #[must_use]
+    pub const fn file(&self) -> &Arc<DataFile> {
+        &self.file
+    }
+
+    /// The page that has the `blocks` blocks from `at` on, which are of one page.
+    #[must_use]
+    pub fn find(&self, at: Location, blocks: usize) -> Option<Arc<Page>> {
+        let from = usize::from(at.index()) % PAGE_BLOCKS;
+        self.pages.get(&page_of(at)).filter(|p| p.has(from, blocks))
+    }
+
+    /// Reads whole blocks of a page that [`Self::find`] has found, and checks them: they are the volume's from `first` on. `None` when
+    /// they are not what they should be; the page is forgotten then, and the store has it.
+    ///
+    /// # Panics
+    /// When `dst` is not of whole blocks, or of more than the page has.
+    pub async fn read<D: Disk>(
+        &self,
+        disk: &D,
+        page: &Page,
+        at: Location,
+        first: BlockNo,
+        mut dst: IoBuf,
+    ) -> Option<()> {
+        let from = usize::from(at.index()) % PAGE_BLOCKS;
+        let blocks = dst.len() / BLOCK;
+        assert!(dst.len().is_multiple_of(BLOCK) && page.has(from, blocks), "blocks that the page has");
+        let offset = page.slot.at() + ((1 + from) * BLOCK) as u64;
+        let why = match disk.read_at(offset, dst.clone()).await {
+            Err(e) => Some(e.to_string()),
+            Ok(()) => dst
+                .bytes_mut()
+                .chunks_exact(BLOCK)
+                .enumerate()
+                .find(|(i, data)| block_crc(BlockNo(first.0 + *i as u64), data) != page.crcs[from + i])
+                .map(|(i, _)| format!("block {} of the volume fails its check", first.0 + i as u64)),
+        };
+        let Some(why) = why else {
+            self.counts.hits.fetch_add(1, Ordering::Relaxed);
+            self.counts.hit_bytes.fetch_add(dst.len() as u64, Ordering::Relaxed);
+            return Some(());
+        };
+        if self.counts.damaged.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::warn!(
+                "the cache {} at byte {offset}: {why}; the store has it, and this page is forgotten",
+                self.file.path().display()
+            );
+        } else {
+            tracing::debug!("the cache at byte {offset}: {why}");
+        }
+        self.pages.remove(&page_of(at));
+        None
+    }
+
+    /// A read of `bytes` has to go to the store.
+    pub fn missed(&self, bytes: u64) {
+        self.counts.misses.fetch_add(1, Ordering::Relaxed);
+        self.counts.miss_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Writes what has been read of a chunk, `data` from its stored block `from` on, page by page, but for the blocks `bad`. Best effort.
+    pub async fn admit<D: Disk>(
+        &self,
+        disk: &D,
+        source: u8,
+        header: &ChunkHeader,
+        from: usize,
+        data: &[u8],
+        bad: &[usize],
+    ) {
+        let past = from + data.len() / BLOCK;
+        let mut at = from;
+        while at < past {
+            let page = at / PAGE_BLOCKS;
+            let end = ((page + 1) * PAGE_BLOCKS).min(past);
+            let part = &data[(at - from) * BLOCK..(end - from) * BLOCK];
+            let lost = bad.iter().map(|b| b + from).filter(|b| (at..end).contains(b));
+            let present = lost.fold(mask(at % PAGE_BLOCKS, end - at), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
+            self.admit_page(
+                disk,
+                page_id(source, header.chunk, page as u16),
+                header,
+                page,
+                at % PAGE_BLOCKS,
+                part,
+                present,
+            )
+            .await;
+            at = end;
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a page, and what is known of it")]
+    async fn admit_page<D: Disk>(
+        &self,
+        disk: &D,
+        id: PageId,
+        header: &ChunkHeader,
+        page: usize,
+        at: usize,
+        data: &[u8],
+        present: u16,
+    ) {
+        // One that has more blocks already is not replaced; of two that have some each, the newer.
+        if present == 0 || self.pages.peek(&id).is_some_and(|p| p.present & present == present) {
+            return;
+        }
+        let Some(number) = self.free.take() else { return };
+        let slot = Slot { number, free: self.free.clone() };
+        let mut crcs = [0; PAGE_BLOCKS];
+        for (i, crc) in crcs.iter_mut().enumerate().filter(|(i, _)| present & mask(*i, 1) != 0) {
+            *crc = header.crcs[page * PAGE_BLOCKS + i];
+        }
+        let told = SlotHeader {
+            volume: header.volume,
+            chunk: header.chunk,
+            epoch: header.epoch,
+            nonce: header.nonce,
+            page: page as u16,
+            present,
+            crcs,
+        };
+        // One write of header and blocks; before the first block there may be a hole, whose blocks are not here.
+        let mut buf = IoBuf::zeroed((1 + at) * BLOCK + data.len());
+        buf.copy_in((1 + at) * BLOCK, data);
+        told.encode_into(&mut buf.bytes_mut()[..BLOCK]);
+        let bytes = buf.len() as u64;
+        match disk.writev_at(slot.at(), vec![buf], false).await {
+            Ok(()) => {
+                self.counts.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+                self.pages.insert(id, Arc::new(Page { slot, present, crcs }));
+            }
+            Err(e) => {
+                self.counts.failed_writes.fetch_add(1, Ordering::Relaxed);
+                if self.failure.set(e.to_string()).is_ok() {
+                    tracing::warn!(
+                        "writing to the cache {} failed: {e}; what is not in it is read from the store (nothing is lost)",
+                        self.file.path().display()
+                    );
+                }
+            }
+        }
+    }
+
+    /// Takes up what the file holds from an earlier life, as far as `keys` know the chunks. Reads go on meanwhile.
+    pub async fn restore<D: Disk>(&self, disk: &D, keys: &Keys) {
+        let old = self.looked_at.load(Ordering::Relaxed);
+        let looks = stream::iter(0..old).map(|number| async move {
+            let slot = Slot { number, free: self.free.clone() };
+            let block = IoBuf::zeroed(BLOCK);
+            if disk.read_at(slot.at(), block.clone()).await.is_err() {
+                return;
+            }
+            let Ok(h) = SlotHeader::decode(block.bytes()) else { return };
+            let Some(source) = keys.source(h.volume, h.chunk, h.epoch, h.nonce) else { return };
+            let id = page_id(source, h.chunk, h.page);
+            if self.pages.peek(&id).is_none_or(|p| p.present | h.present != p.present) {
+                self.pages.insert(id, Arc::new(Page { slot, present: h.present, crcs: h.crcs }));
+            }
+        });
+        looks.buffer_unordered(RESTORE_DEPTH).for_each(|()| async {}).await;
+        self.looked_at.store(0, Ordering::Relaxed);
+        if old > 0 {
+            tracing::info!(
+                "the cache {} holds {} MiB from before",
+                self.file.path().display(),
+                (self.pages.len() * PAGE_BLOCKS * BLOCK) >> 20
+            );
+        }
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn status(&self) -> CacheStatus {
+        let c = &self.counts;
+        let of = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        CacheStatus {
+            size_bytes: u64::from(self.slots) * SLOT_BYTES,
+            used_bytes: (self.pages.len() * PAGE_BLOCKS * BLOCK) as u64,
+            hits: of(&c.hits),
+            hit_bytes: of(&c.hit_bytes),
+            misses: of(&c.misses),
+            miss_bytes: of(&c.miss_bytes),
+            written_bytes: of(&c.written_bytes),
+            damaged: of(&c.damaged),
+            failed_writes: of(&c.failed_writes),
+        }
+    }
+}
+
+/// How large the cache may be: what it takes already, and half of what is free, for a log may be on the same file system.
+fn room_for(file: &DataFile) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let of = || format!("looking for room for the cache {}", file.path().display());
+    let taken = file.dup().and_then(|f| f.metadata()).context(of)?.blocks() * 512;
+    let free = nix::sys::statvfs::fstatvfs(file).map_err(std::io::Error::from).context(of)?;
+    // The fields' types differ from platform to platform.
+    #[allow(clippy::useless_conversion, clippy::allow_attributes, reason = "see above")]
+    Ok(taken + u64::from(free.blocks_available()) * u64::from(free.fragment_size()) / 2)
+}
+
+/// Whether a cache can be of this size.
+///
+/// # Errors
+/// `Usage`, with what would do.
+pub fn check_size(bytes: u64) -> Result<()> {
+    if (MIN_BYTES..=MAX_BYTES).contains(&bytes) {
+        return Ok(());
+    }
+    let what = format!(
+        "a local cache of {}: --cache-size must be 0 (none), or {} to {}",
+        human_bytes(bytes),
+        human_bytes(MIN_BYTES),
+        human_bytes(MAX_BYTES)
+    );
+    Err(Error::new(ErrorKind::Usage, what))
+}
+
+/// The cache file of a volume in a folder.
+#[must_use]
+pub fn file_in(folder: &Path, volume: &str) -> PathBuf {
+    folder.join(format!("{volume}.cache"))
+}

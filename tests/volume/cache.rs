@@ -1,0 +1,360 @@
+//! The local cache: what was read once is read here, and nothing that happens to the file can change what is read.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use vb_ublk::cache::slot::SLOT_BYTES;
+use vb_ublk::cache::{CacheStatus, MIN_BYTES, Place};
+use vb_ublk::disk::IoBuf;
+use vb_ublk::error::ErrorKind;
+use vb_ublk::units::{BLOCK, Lba, SECTOR};
+use vb_ublk::volume::Command;
+use vb_ublk::volume::engine::Engine;
+use vb_ublk::volume::host::{AttachOptions, Host};
+
+use super::support_rng::Rng;
+use super::volume_support::{Bench, TestLane, block_on, churn, compare, drain, on_lane, pause, put};
+
+const MIB: usize = 1 << 20;
+
+fn file_of(bench: &Bench) -> PathBuf {
+    bench.dir.path().join("cache/vol.cache")
+}
+
+fn options(bench: &Bench) -> AttachOptions {
+    AttachOptions { cache: Some(Place { path: file_of(bench), bytes: MIN_BYTES }), ..bench.options() }
+}
+
+fn attach(bench: &Bench) -> Host {
+    Host::attach(options(bench)).unwrap()
+}
+
+fn cache(host: &Host) -> CacheStatus {
+    host.volume().status().cache.expect("a cache")
+}
+
+/// Bytes of chunks read from the store so far.
+fn fetched(host: &Host) -> u64 {
+    host.volume().status().store_requests.get_range.bytes_in
+}
+
+/// Waits until what the cache held before is found again.
+fn until_restored(host: &Host, pages: u64) {
+    for _ in 0..200 {
+        if cache(host).used_bytes >= pages * (64 << 10) {
+            return;
+        }
+        pause(Duration::from_millis(20));
+    }
+    panic!("{:?} after 4 s", cache(host));
+}
+
+/// Reads whatever is written to the cache in the background.
+fn until_written(host: &Host) {
+    let mut before = u64::MAX;
+    while before != cache(host).written_bytes {
+        before = cache(host).written_bytes;
+        pause(Duration::from_millis(100));
+    }
+}
+
+async fn read(e: &TestLane, block: u64, blocks: usize) -> Vec<u8> {
+    let b = IoBuf::zeroed(blocks * BLOCK);
+    e.read(Lba(block * 8), b.clone()).await.unwrap();
+    b.bytes().to_vec()
+}
+
+#[test]
+fn what_was_read_once_is_read_here_also_by_the_next_process() {
+    let bench = Bench::new(16 * MIB);
+    let mut model = vec![0; 16 * MIB];
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut Rng(1), 800).await);
+    drain(host.volume());
+    on_lane(host.volume(), async |e| compare(&e, &model, "from the store").await);
+    until_written(&host);
+    let (once, before) = (fetched(&host), cache(&host));
+    assert!(once > 4 << 20 && before.misses > 0 && before.used_bytes > 4 << 20, "{once} {before:?}");
+    on_lane(host.volume(), async |e| compare(&e, &model, "from the cache").await);
+    let after = cache(&host);
+    assert_eq!(fetched(&host), once, "nothing was fetched twice: {after:?}");
+    assert_eq!((after.misses, after.damaged, after.failed_writes), (before.misses, 0, 0));
+    assert!(after.hit_bytes >= before.hit_bytes + 8 * MIB as u64, "{before:?} {after:?}");
+    host.detach().unwrap();
+
+    let host = attach(&bench);
+    until_restored(&host, after.used_bytes >> 16);
+    let before = fetched(&host);
+    on_lane(host.volume(), async |e| compare(&e, &model, "from the cache of the process before").await);
+    assert_eq!(fetched(&host), before, "{:?}", cache(&host));
+    host.detach().unwrap();
+}
+
+/// What is done to the file.
+type Spoil = fn(&File);
+
+/// Each way that a file can be wrong, and what is read is right.
+#[test]
+fn a_file_that_is_damaged_cut_or_anothers_costs_reads_alone() {
+    let bench = Bench::new(8 * MIB);
+    let mut model = vec![0; 8 * MIB];
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut Rng(2), 400).await);
+    drain(host.volume());
+    host.detach().unwrap();
+    let fill = |host: &Host| {
+        on_lane(host.volume(), async |e| compare(&e, &model, "filling").await);
+        until_written(host);
+    };
+    let wrong: [(&str, Spoil); 6] = [
+        ("each data block has a flipped bit", |f| {
+            for at in (0..f.metadata().unwrap().len()).step_by(BLOCK).filter(|at| at % SLOT_BYTES != 0) {
+                flip(f, at + 77);
+            }
+        }),
+        ("each header has a flipped bit", |f| {
+            (0..f.metadata().unwrap().len()).step_by(SLOT_BYTES as usize).for_each(|at| flip(f, at + 9));
+        }),
+        ("each slot is another's", |f| {
+            let slots = f.metadata().unwrap().len() / SLOT_BYTES;
+            let mut all: Vec<Vec<u8>> = (0..slots).map(|n| at(f, n * SLOT_BYTES, SLOT_BYTES as usize)).collect();
+            all.rotate_left(1);
+            for (n, bytes) in (0..).zip(&all) {
+                f.write_all_at(bytes, n * SLOT_BYTES).unwrap();
+            }
+        }),
+        ("each header is another's", |f| {
+            let slots = f.metadata().unwrap().len() / SLOT_BYTES;
+            let mut all: Vec<Vec<u8>> = (0..slots).map(|n| at(f, n * SLOT_BYTES, BLOCK)).collect();
+            all.rotate_left(1);
+            for (n, bytes) in (0..).zip(&all) {
+                f.write_all_at(bytes, n * SLOT_BYTES).unwrap();
+            }
+        }),
+        ("it is cut inside a slot", |f| f.set_len(3 * SLOT_BYTES + 9000).unwrap()),
+        ("it is noise", |f| {
+            let mut rng = Rng(3);
+            let noise: Vec<u8> = (0..f.metadata().unwrap().len() / 8).flat_map(|_| rng.next().to_le_bytes()).collect();
+            f.write_all_at(&noise, 0).unwrap();
+        }),
+    ];
+    for (what, spoil) in wrong {
+        let host = attach(&bench);
+        fill(&host);
+        host.detach().unwrap();
+        spoil(&OpenOptions::new().read(true).write(true).open(file_of(&bench)).unwrap());
+        let host = attach(&bench);
+        pause(Duration::from_millis(300));
+        on_lane(host.volume(), async |e| compare(&e, &model, what).await);
+        let seen = cache(&host);
+        assert_eq!(seen.damaged > 0, what.contains("data") || what == "each header is another's", "{what}: {seen:?}");
+        host.detach().unwrap();
+    }
+}
+
+fn at(f: &File, from: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    f.read_exact_at(&mut bytes, from).unwrap();
+    bytes
+}
+
+fn flip(f: &File, byte: u64) {
+    let mut b = at(f, byte, 1);
+    b[0] ^= 8;
+    f.write_all_at(&b, byte).unwrap();
+}
+
+/// Rot while the volume is in use, under reads of all kinds.
+#[test]
+fn what_rots_in_the_file_meanwhile_is_read_from_the_store() {
+    let bench = Bench::new(4 * MIB);
+    let mut model = vec![0; 4 * MIB];
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| churn(&e, &mut model, &mut Rng(4), 300).await);
+    drain(host.volume());
+    on_lane(host.volume(), async |e| compare(&e, &model, "filling").await);
+    until_written(&host);
+    let file = OpenOptions::new().read(true).write(true).open(file_of(&bench)).unwrap();
+    for slot in 0..MIN_BYTES / SLOT_BYTES {
+        flip(&file, slot * SLOT_BYTES + 5 * BLOCK as u64 + 100);
+    }
+    on_lane(host.volume(), async |e| compare(&e, &model, "after the rot").await);
+    assert!(cache(&host).damaged > 0, "{:?}", cache(&host));
+    on_lane(host.volume(), async |e| compare(&e, &model, "once more").await);
+    host.detach().unwrap();
+}
+
+#[test]
+fn a_volume_larger_than_its_cache_goes_round() {
+    let size = 80 * MIB;
+    let bench = Bench::new(size);
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| {
+        for mib in 0..size / MIB {
+            put(&e, (mib * 256) as u64, 256, mib as u8 + 1).await;
+        }
+    });
+    drain(host.volume());
+    for round in 0..2 {
+        on_lane(host.volume(), async |e| {
+            for block in (0..(size / BLOCK) as u64).step_by(32) {
+                let want = (block / 256) as u8 + 1;
+                assert!(read(&e, block, 32).await.iter().all(|b| *b == want), "block {block}, round {round}");
+            }
+        });
+        until_written(&host);
+    }
+    let seen = cache(&host);
+    assert!(seen.used_bytes <= seen.size_bytes && seen.used_bytes > seen.size_bytes * 3 / 4, "{seen:?}");
+    assert_eq!(seen.failed_writes, 0);
+    // What is read again and again stays beside a scan.
+    let hot = async |e: &TestLane| {
+        for block in (0..1024).step_by(16) {
+            read(e, block, 16).await;
+        }
+    };
+    for _ in 0..3 {
+        on_lane(host.volume(), async |e| hot(&e).await);
+        until_written(&host);
+    }
+    on_lane(host.volume(), async |e| {
+        for block in (4096..(size / BLOCK) as u64).step_by(16) {
+            read(&e, block, 16).await;
+        }
+    });
+    until_written(&host);
+    let before = cache(&host);
+    on_lane(host.volume(), async |e| hot(&e).await);
+    let after = cache(&host);
+    assert!(after.hits - before.hits > 32, "of 64 hot pages are left: {}", after.hits - before.hits);
+    host.detach().unwrap();
+}
+
+#[test]
+fn all_who_wait_for_a_page_share_one_request() {
+    let bench = Bench::new(4 * MIB);
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| put(&e, 0, 256, 7).await);
+    drain(host.volume());
+    let gets = |host: &Host| host.volume().status().store_requests.get_range.requests;
+    let before = gets(&host);
+    on_lane(host.volume(), async |e| {
+        let all = (0..32).map(|n| read(&e, 32 + n % 16, 1));
+        assert!(join_all(all).await.concat().iter().all(|b| *b == 7));
+    });
+    assert_eq!(gets(&host) - before, 1, "the header is kept since it was packed");
+    host.detach().unwrap();
+}
+
+/// Overwrites, discards, garbage collection, processes that die, and a file that rots or vanishes, in any order.
+#[test]
+fn a_long_life_with_a_cache() {
+    for seed in 0..4 {
+        let bench = Bench::new(12 * MIB);
+        let mut rng = Rng(seed + 50);
+        let mut model = vec![0; 12 * MIB];
+        let mut host = attach(&bench);
+        for round in 0..12 {
+            on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 120).await);
+            match rng.below(6) {
+                0 => {
+                    host.abandon().unwrap();
+                    host = attach(&bench);
+                }
+                1 => {
+                    host.detach().unwrap();
+                    if rng.below(2) == 0 {
+                        std::fs::remove_file(file_of(&bench)).unwrap();
+                    }
+                    host = attach(&bench);
+                }
+                2 => block_on(host.volume().command(Command::CollectGarbage)).unwrap(),
+                3 => {
+                    let file = OpenOptions::new().read(true).write(true).open(file_of(&bench)).unwrap();
+                    let len = file.metadata().unwrap().len();
+                    (0..200).for_each(|_| flip(&file, rng.below(len)));
+                }
+                _ => drain(host.volume()),
+            }
+            on_lane(host.volume(), async |e| compare(&e, &model, &format!("seed {seed}, round {round}")).await);
+        }
+        host.detach().unwrap();
+    }
+}
+
+/// A clone finds in its own cache what it has read of its parent's chunks, also after both have been written to.
+#[test]
+fn a_clone_has_a_cache_of_its_own() {
+    let bench = Bench::new(4 * MIB);
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| put(&e, 0, 512, 1).await);
+    let snapshot = |reply| Command::Snapshot { name: "s".into(), created: 1, reply };
+    block_on(host.volume().command(snapshot)).unwrap();
+    on_lane(host.volume(), async |e| put(&e, 0, 64, 2).await);
+    host.detach().unwrap();
+    super::snapshots::clone(&bench, ("vol", "s"), "copy", None).unwrap();
+    let of_copy = || AttachOptions {
+        volume: "copy".into(),
+        log_path: bench.dir.path().join("wal/copy.wal"),
+        cache: Some(Place { path: bench.dir.path().join("cache/copy.cache"), bytes: MIN_BYTES }),
+        ..bench.options()
+    };
+    let want = |block: u64| if (100..164).contains(&block) { 3 } else { 1 };
+    for life in 0..3 {
+        let host = Host::attach(of_copy()).unwrap();
+        if life == 1 {
+            until_restored(&host, 8);
+        }
+        let before = fetched(&host);
+        on_lane(host.volume(), async |e| {
+            if life == 0 {
+                put(&e, 100, 64, 3).await;
+                drain(host.volume());
+            }
+            for block in 0..512 {
+                assert!(read(&e, block, 1).await.iter().all(|b| *b == want(block)), "block {block} in life {life}");
+            }
+        });
+        if life == 1 {
+            assert_eq!(fetched(&host), before, "{:?}", cache(&host));
+        }
+        until_written(&host);
+        host.detach().unwrap();
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_is_refused_unless_a_device_waits() {
+    let bench = Bench::new(MIB);
+    for (place, kind) in [
+        (Place { path: file_of(&bench), bytes: MIN_BYTES - 1 }, ErrorKind::Usage),
+        (Place { path: bench.dir.path().to_owned(), bytes: MIN_BYTES }, ErrorKind::Usage),
+        (Place { path: "/proc/nothing/v.cache".into(), bytes: MIN_BYTES }, ErrorKind::NotFound),
+    ] {
+        let e = Host::attach(AttachOptions { cache: Some(place.clone()), ..bench.options() }).unwrap_err();
+        assert!(
+            e.kind() == kind || e.kind() == ErrorKind::Denied || e.kind() == ErrorKind::Io,
+            "{place:?}: {:?} {e}",
+            e.kind()
+        );
+    }
+    let host = attach(&bench);
+    let taken = AttachOptions {
+        volume: "vol".into(),
+        log_path: bench.dir.path().join("other/vol.wal"),
+        force: true,
+        ..options(&bench)
+    };
+    assert_eq!(Host::attach(taken).unwrap_err().kind(), ErrorKind::Busy, "two processes do not share a file");
+    on_lane(host.volume(), async |e| put(&e, 3, 1, 9).await);
+    host.abandon().unwrap();
+    let place = Some(Place { path: bench.dir.path().to_owned(), bytes: MIN_BYTES });
+    let host = Host::attach(AttachOptions { cache: place, resume: true, ..bench.options() }).unwrap();
+    on_lane(host.volume(), async |e| assert_eq!(read(&e, 3, 1).await, vec![9; BLOCK]));
+    assert_eq!(host.volume().status().cache, None);
+    assert_eq!(host.volume().sectors(), (MIB / SECTOR) as u64);
+    host.detach().unwrap();
+}
