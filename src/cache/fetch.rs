@@ -15,7 +15,7 @@ use super::Cache;
 use super::slot::PAGE_BLOCKS;
 use crate::chunk::reader::{Blocks, ChunkReader, Stored};
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::map::Location;
 use crate::units::{BLOCK, BlockNo, ChunkNo};
 
@@ -62,14 +62,28 @@ impl<D: Disk> Fetcher<D> {
         let (flight, ours) = self.flight(at, blocks);
         let kept = ours.then(|| Fetched { source: at.source(), flight: flight.clone() });
         let answer = match flight.await {
-            // What fails its check is read again.
+            // What fails its check, or cannot be parsed, is read again.
             Ok(stored) => match stored.part(usize::from(at.index()), first, usize::from(blocks)) {
                 Some(answer) => Ok(answer),
                 None => self.reader.read(at, first, blocks).await,
             },
+            Err(e) if e.kind() == ErrorKind::Corrupt => self.reader.read(at, first, blocks).await,
             Err(e) => Err(Error::new(e.kind(), e.to_string())),
         };
         (answer, kept)
+    }
+
+    /// Fetches blocks for the cache alone, unless they are there or on their way.
+    pub async fn fetch_ahead(&self, at: Location, blocks: u16) -> Option<Fetched> {
+        let (cache, _) = self.cache.as_ref()?;
+        if cache.has(at, blocks) {
+            return None;
+        }
+        let (flight, true) = self.flight(at, blocks) else { return None };
+        // A failure, and what fails its check, is told to who asks for it, if anybody does.
+        let stored = flight.clone().await.ok()?;
+        cache.fetched_ahead(stored.data.len() as u64);
+        Some(Fetched { source: at.source(), flight })
     }
 
     /// The answer that is on its way, or a new one (`true`).

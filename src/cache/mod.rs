@@ -2,6 +2,7 @@
 //!
 //! - [`slot`]: the file's format.
 //! - [`fetch`]: what is not here, from the store: one request for all who wait, and into the cache with it.
+//! - [`ahead`]: reads that follow one another, and what to fetch before they ask for it.
 //!
 //! Invariants:
 //! - A full, lost, damaged or mixed-up file costs speed, never data: chunks never change, a page is found by its chunk's name, and each
@@ -11,11 +12,14 @@
 //! - Blocks that have lost sectors are never here: the store's chunk says which sectors are good.
 //! - While a volume is attached, the number of a source names the same volume.
 
+pub mod ahead;
+mod counts;
 pub mod fetch;
 pub mod slot;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
@@ -29,6 +33,8 @@ use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::map::Location;
 use crate::units::{BLOCK, BlockNo, ChunkNo, human_bytes};
+pub use counts::CacheStatus;
+use counts::Counts;
 use slot::{PAGE_BLOCKS, SLOT_BYTES, SlotHeader};
 
 /// Slots that the index leaves free, for what is being written and what readers still hold.
@@ -36,10 +42,12 @@ const RESERVE: u32 = 64;
 /// The smallest cache: 256 slots and a little.
 pub const MIN_BYTES: u64 = 32 << 20;
 const _: () = assert!(MIN_BYTES / SLOT_BYTES > 4 * RESERVE as u64);
-/// The largest cache: slots are counted in 32 bits.
-pub const MAX_BYTES: u64 = 1 << 47;
+/// The largest cache: its index takes about 150 bytes of memory for each slot.
+pub const MAX_BYTES: u64 = 1 << 44;
 /// Shards of the index. Each rounds its share up: together less than [`RESERVE`].
 const SHARDS: usize = 16;
+/// Blocks that are fetched ahead in one request: 1 MiB, so that several are on their way at once.
+const MOST_AHEAD: u16 = 256;
 /// Headers read at once when a cache is taken up again.
 const RESTORE_DEPTH: usize = 32;
 
@@ -116,47 +124,17 @@ const fn mask(from: usize, blocks: usize) -> u16 {
     (((1_u32 << blocks) - 1) << from) as u16
 }
 
-/// What a cache has done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct CacheStatus {
-    /// Bytes of the file.
-    pub size_bytes: u64,
-    /// Bytes of chunks that are in it, rounded up to pages.
-    pub used_bytes: u64,
-    /// Reads, or parts of reads, that it answered.
-    pub hits: u64,
-    /// Their bytes.
-    pub hit_bytes: u64,
-    /// Those that had to go to the store.
-    pub misses: u64,
-    /// Their bytes.
-    pub miss_bytes: u64,
-    /// Bytes that were written to it.
-    pub written_bytes: u64,
-    /// Pages that failed their check, or could not be read, and were forgotten.
-    pub damaged: u64,
-    /// Pages that could not be written.
-    pub failed_writes: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    hits: AtomicU64,
-    hit_bytes: AtomicU64,
-    misses: AtomicU64,
-    miss_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    damaged: AtomicU64,
-    failed_writes: AtomicU64,
-}
-
 /// See the module's page.
 pub struct Cache {
     pages: quick_cache::sync::Cache<PageId, Arc<Page>>,
     free: Arc<Free>,
-    /// Slots that have not been looked at yet are from here on.
-    looked_at: AtomicU32,
+    /// How many slots the file had when it was opened, that [`Self::restore`] has not taken up.
+    old: AtomicU32,
     slots: u32,
+    /// Slots from here on have not been written.
+    written: AtomicU32,
+    /// Whether the file system had room at the last look.
+    roomy: AtomicBool,
     file: Arc<DataFile>,
     counts: Counts,
     /// The first failure of a write, which is told once.
@@ -239,7 +217,9 @@ impl Cache {
         Ok(Self {
             pages,
             free,
-            looked_at: old.into(),
+            old: old.into(),
+            written: old.into(),
+            roomy: true.into(),
             slots,
             file: Arc::new(file),
             counts: Counts::default(),
@@ -299,8 +279,41 @@ impl Cache {
         } else {
             tracing::debug!("the cache at byte {offset}: {why}");
         }
-        self.pages.remove(&page_of(at));
+        // It may be another by now.
+        if self.pages.peek(&page_of(at)).is_some_and(|p| std::ptr::eq(&raw const *p, page)) {
+            self.pages.remove(&page_of(at));
+        }
         None
+    }
+
+    /// What is not here of the `blocks` blocks from `at` on, page by page, in runs of at most [`MOST_AHEAD`] blocks, counted from `at`.
+    pub fn missing(&self, at: Location, blocks: u16) -> Vec<Range<u16>> {
+        let mut runs: Vec<Range<u16>> = Vec::new();
+        let mut from = 0;
+        while from < blocks {
+            let here = at.plus(from);
+            let in_page = usize::from(here.index()) % PAGE_BLOCKS;
+            let n = ((PAGE_BLOCKS - in_page) as u16).min(blocks - from);
+            if self.pages.peek(&page_of(here)).is_none_or(|p| !p.has(in_page, n.into())) {
+                match runs.last_mut() {
+                    Some(run) if run.end == from && run.end - run.start + n <= MOST_AHEAD => run.end += n,
+                    _ => runs.push(from..from + n),
+                }
+            }
+            from += n;
+        }
+        runs
+    }
+
+    /// Whether the blocks are here; not counted as a use of them.
+    #[must_use]
+    pub fn has(&self, at: Location, blocks: u16) -> bool {
+        self.missing(at, blocks).is_empty()
+    }
+
+    /// So much was fetched before it was asked for.
+    pub(crate) fn fetched_ahead(&self, bytes: u64) {
+        self.counts.ahead_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// A read of `bytes` has to go to the store.
@@ -341,6 +354,29 @@ impl Cache {
         }
     }
 
+    /// Whether there is room for a slot that may be new in the file: not the last tenth of the file system, which logs may need.
+    fn may_write(&self, slot: u32) -> bool {
+        if self.written.fetch_max(slot + 1, Ordering::Relaxed) > slot {
+            return true;
+        }
+        // Slots are new one after the other: a look every 4 MiB, and at each while there is no room.
+        if slot.is_multiple_of(64) || !self.roomy.load(Ordering::Relaxed) {
+            let roomy =
+                nix::sys::statvfs::fstatvfs(&*self.file).is_ok_and(|fs| fs.blocks_available() > fs.blocks() / 10);
+            if self.roomy.swap(roomy, Ordering::Relaxed) && !roomy {
+                tracing::warn!(
+                    "the cache {} grows no further: its file system is nearly full",
+                    self.file.path().display()
+                );
+            }
+        }
+        let roomy = self.roomy.load(Ordering::Relaxed);
+        if !roomy {
+            self.written.fetch_min(slot, Ordering::Relaxed);
+        }
+        roomy
+    }
+
     #[expect(clippy::too_many_arguments, reason = "a page, and what is known of it")]
     async fn admit_page<D: Disk>(
         &self,
@@ -358,6 +394,9 @@ impl Cache {
         }
         let Some(number) = self.free.take() else { return };
         let slot = Slot { number, free: self.free.clone() };
+        if !self.may_write(number) {
+            return;
+        }
         let mut crcs = [0; PAGE_BLOCKS];
         for (i, crc) in crcs.iter_mut().enumerate().filter(|(i, _)| present & mask(*i, 1) != 0) {
             *crc = header.crcs[page * PAGE_BLOCKS + i];
@@ -379,7 +418,10 @@ impl Cache {
         match disk.writev_at(slot.at(), vec![buf], false).await {
             Ok(()) => {
                 self.counts.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-                self.pages.insert(id, Arc::new(Page { slot, present, crcs }));
+                // Another may have come meanwhile.
+                if self.pages.peek(&id).is_none_or(|p| p.present | present != p.present) {
+                    self.pages.insert(id, Arc::new(Page { slot, present, crcs }));
+                }
             }
             Err(e) => {
                 self.counts.failed_writes.fetch_add(1, Ordering::Relaxed);
@@ -393,10 +435,10 @@ impl Cache {
         }
     }
 
-    /// Takes up what the file holds from an earlier life, as far as `keys` know the chunks. Reads go on meanwhile.
-    pub async fn restore<D: Disk>(&self, disk: &D, keys: &Keys) {
-        let old = self.looked_at.load(Ordering::Relaxed);
-        let looks = stream::iter(0..old).map(|number| async move {
+    /// Takes up what the file holds from an earlier life, as far as `keys` know the chunks. Reads go on meanwhile, and it stops when it `ends`.
+    pub async fn restore<D: Disk>(&self, disk: &D, keys: &Keys, ends: impl Fn() -> bool) {
+        let old = self.old.swap(0, Ordering::Relaxed);
+        let looks = stream::iter(0..old).take_while(|_| std::future::ready(!ends())).map(|number| async move {
             let slot = Slot { number, free: self.free.clone() };
             let block = IoBuf::zeroed(BLOCK);
             if disk.read_at(slot.at(), block.clone()).await.is_err() {
@@ -410,7 +452,6 @@ impl Cache {
             }
         });
         looks.buffer_unordered(RESTORE_DEPTH).for_each(|()| async {}).await;
-        self.looked_at.store(0, Ordering::Relaxed);
         if old > 0 {
             tracing::info!(
                 "the cache {} holds {} MiB from before",
@@ -423,19 +464,7 @@ impl Cache {
     /// What it has done so far.
     #[must_use]
     pub fn status(&self) -> CacheStatus {
-        let c = &self.counts;
-        let of = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        CacheStatus {
-            size_bytes: u64::from(self.slots) * SLOT_BYTES,
-            used_bytes: (self.pages.len() * PAGE_BLOCKS * BLOCK) as u64,
-            hits: of(&c.hits),
-            hit_bytes: of(&c.hit_bytes),
-            misses: of(&c.misses),
-            miss_bytes: of(&c.miss_bytes),
-            written_bytes: of(&c.written_bytes),
-            damaged: of(&c.damaged),
-            failed_writes: of(&c.failed_writes),
-        }
+        self.counts.status(u64::from(self.slots) * SLOT_BYTES, (self.pages.len() * PAGE_BLOCKS * BLOCK) as u64)
     }
 }
 

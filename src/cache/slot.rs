@@ -26,6 +26,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::chunk::header::MAX_BLOCKS;
 use crate::codec::CodecError;
+use crate::map::MAX_CHUNK;
 use crate::units::{BLOCK, ChunkNo, Epoch, Nonce};
 
 /// Blocks of a page.
@@ -127,7 +128,7 @@ impl SlotHeader {
             return Err(CodecError::Unknown { what: WHAT, field: "version", value: raw.version.get().into() });
         }
         let page = raw.page.get();
-        if usize::from(page) >= PAGES || raw.chunk.get() == 0 || raw.zero.get() != 0 {
+        if usize::from(page) >= PAGES || raw.chunk.get() == 0 || raw.chunk.get() > MAX_CHUNK.0 || raw.zero.get() != 0 {
             return Err(CodecError::invalid(WHAT, format!("page {page} of chunk {:x}", raw.chunk.get())));
         }
         Ok(Self {
@@ -191,7 +192,11 @@ mod tests {
 
     #[test]
     fn what_is_intact_and_makes_no_sense_is_refused() {
-        for bad in [SlotHeader { page: 64, ..example() }, SlotHeader { chunk: ChunkNo(0), ..example() }] {
+        for bad in [
+            SlotHeader { page: 64, ..example() },
+            SlotHeader { chunk: ChunkNo(0), ..example() },
+            SlotHeader { chunk: ChunkNo(1 << 37), ..example() },
+        ] {
             let mut block = vec![0; BLOCK];
             bad.encode_into(&mut block);
             assert!(SlotHeader::decode(&block).is_err(), "{bad:?}");

@@ -43,8 +43,8 @@ impl Keys {
     #[must_use]
     pub fn source(&self, volume: Uuid, chunk: ChunkNo, epoch: Epoch, nonce: Nonce) -> Option<u8> {
         let sources = self.sources.read().unwrap_or_else(PoisonError::into_inner);
-        let n = sources.iter().position(|s| s.uuid == volume)?;
-        (manifest::owner(&sources[n].history, chunk) == Some((epoch, nonce))).then(|| u8::try_from(n).ok()).flatten()
+        let owns = |s: &Source| s.uuid == volume && manifest::owner(&s.history, chunk) == Some((epoch, nonce));
+        sources.iter().position(owns).and_then(|n| u8::try_from(n).ok())
     }
 
     /// The key of a chunk, and whose it is.

@@ -79,9 +79,11 @@ impl CacheFolder {
     }
 }
 
-/// Where caches are, if there are to be any. A folder that is the store needs no copy of itself unless somebody asks for it.
+/// Where caches are, if there are to be any. A folder that is the store needs no copy of itself unless somebody asks for it; and
+/// what nobody asks for is no reason to refuse a volume.
 pub(super) fn cache_folder(wanted: CacheArgs, settings: &Settings) -> Result<Option<CacheFolder>> {
     let CacheArgs { cache_dir, cache_size } = wanted.or(&settings.add.cache);
+    let asked_for = cache_dir.is_some() || cache_size.is_some();
     let usual = if matches!(settings.store, StoreUrl::S3 { .. }) { DEFAULT_CACHE } else { ByteSize(0) };
     let bytes = cache_size.unwrap_or(usual).0;
     if bytes == 0 {
@@ -89,8 +91,25 @@ pub(super) fn cache_folder(wanted: CacheArgs, settings: &Settings) -> Result<Opt
     }
     engine::check_cache_size(bytes)?;
     let dir = absolute(&cache_dir.unwrap_or_else(|| settings.data_dir.join("cache")))?;
-    folder("the folder of the cache", "--cache-dir", &dir)?;
-    Ok(Some(CacheFolder { dir, bytes }))
+    match folder("the folder of the cache", "--cache-dir", &dir) {
+        Err(e) if !asked_for => {
+            tracing::warn!("without a local cache: {e}");
+            Ok(None)
+        }
+        made => made.map(|()| Some(CacheFolder { dir, bytes })),
+    }
+}
+
+/// Removes the cache of a volume that is no more, where this host's settings have it.
+pub(super) fn forget_cache(settings: &Settings, volume: &VolumeName) {
+    let usual = || settings.data_dir.join("cache");
+    let path = engine::cache_file(&settings.add.cache.cache_dir.clone().unwrap_or_else(usual), volume.as_str());
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());
+        }
+        _ => {}
+    }
 }
 
 /// The log's path, and how much it may take: `most` of a folder, which is made, or the whole of a device.

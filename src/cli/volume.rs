@@ -8,6 +8,7 @@ use super::control::Order;
 use super::engine::{self, CreateOptions};
 use super::orders::ordered;
 use super::output::{fields, print, print_json};
+use super::place::forget_cache;
 use super::readable;
 use super::settings::Settings;
 use super::snapshot::whole;
@@ -71,6 +72,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;
+            forget_cache(settings, volume);
             if json.json {
                 return print_json(&json!({ "volume": volume, "objects": objects }));
             }

@@ -1,6 +1,7 @@
 //! The threads of an attached volume: one for its background, one for the lanes' reads of chunks. Each is a
 //! tokio-uring runtime with an S3 client of its own.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -16,7 +17,7 @@ pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
 use super::{Command, ReadRequest, Volume, admin, fixed};
-use crate::cache::fetch::Fetcher;
+use crate::cache::fetch::{Fetched, Fetcher};
 use crate::cache::{self, Cache};
 use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
@@ -28,7 +29,7 @@ use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
 use crate::store::{StoreOptions, StoreUrl, open};
-use crate::time::now_unix;
+use crate::time::{Timer, now_unix};
 use crate::units::{BLOCK, Nonce};
 use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
 use crate::wal::create::{MAX_LOG_BYTES, SuperblockFile, geometry_for};
@@ -37,6 +38,14 @@ use crate::wal::replay::geometry_of;
 
 /// Reads of chunks under way at once.
 const MAX_READS: usize = 64;
+/// Requests under way at once of what is fetched ahead.
+const MAX_AHEAD: usize = 16;
+/// Those that wait for their turn; what comes beyond is not fetched ahead.
+const MAX_AHEAD_WAITING: usize = 512;
+/// Fetched ranges that are being written to the cache at once, of at most 1 MiB for the most part.
+const MAX_KEEPING: usize = 16;
+/// How long the end of an attachment waits for the cache's disk.
+const CACHE_MAY_TAKE: Duration = Duration::from_secs(2);
 /// A tenth of a lane's weight where both want the same processor, all of it where nobody else does. Not less: a log
 /// that fills up slows writers down, which must give the uploads room again.
 const BACKGROUND_NICE: i32 = 10;
@@ -93,7 +102,9 @@ impl Host {
     /// Those of [`attach`], of the log's file, and of the store.
     pub fn attach(opts: AttachOptions) -> Result<Self> {
         admin::split_name(&opts.volume)?;
-        let cache = open_cache(&opts)?;
+        if let Some(place) = &opts.cache {
+            cache::check_size(place.bytes)?;
+        }
         let (told, answer) = oneshot::channel();
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
@@ -116,6 +127,8 @@ impl Host {
         let (volume, reads, reader) = answer.blocking_recv().map_err(|_| {
             Error::new(ErrorKind::Internal, "the volume's background thread ended before it had attached")
         })??;
+        // Not before: a refusal leaves nothing behind.
+        let cache = open_cache(&for_reads);
         if let Some(cache) = cache.clone() {
             volume.set_cache(cache);
         }
@@ -138,12 +151,17 @@ impl Host {
                     let restored = async {
                         let Some((cache, disk)) = &cache else { return };
                         if served.until_confirmed().await.is_ok() {
-                            cache.restore(disk, reader.keys()).await;
+                            cache.restore(disk, reader.keys(), || served.is_gone()).await;
                         }
                     };
                     let fetcher = Fetcher::new(reader.clone(), cache.clone());
-                    let work = futures_util::future::join(serve_reads(reads, fetcher), restored);
-                    select(std::pin::pin!(work), std::pin::pin!(served.until_gone())).await;
+                    let work = futures_util::future::join(serve_reads(reads, fetcher, served.until_gone()), restored);
+                    // Of the store's answers none is waited for; what is under way on the cache's disk has a moment.
+                    let late = async {
+                        served.until_gone().await;
+                        TokioTimer.sleep(CACHE_MAY_TAKE).await;
+                    };
+                    select(std::pin::pin!(work), std::pin::pin!(late)).await;
                 };
                 futures_util::future::join(keeper, reads).await;
             });
@@ -203,39 +221,62 @@ fn step_back() {
     }
 }
 
-/// Serves lanes' reads of chunks, until there are no lanes.
-pub async fn serve_reads<D: Disk>(mut requests: mpsc::Receiver<ReadRequest>, fetcher: Fetcher<D>) {
-    let mut running = FuturesUnordered::new();
+/// Serves lanes' reads of chunks, until there are no lanes or the volume is `gone`. Nobody waits for the cache, or for what is fetched
+/// ahead: of both no more than so much is under way, and what does not fit in is left out.
+pub async fn serve_reads<D: Disk>(
+    mut requests: mpsc::Receiver<ReadRequest>,
+    fetcher: Fetcher<D>,
+    gone: impl Future<Output = ()>,
+) {
+    let mut gone = std::pin::pin!(gone);
+    let (mut running, mut running_ahead, mut keeping) =
+        (FuturesUnordered::new(), FuturesUnordered::new(), FuturesUnordered::new());
+    let mut ahead = VecDeque::new();
     loop {
+        while running_ahead.len() < MAX_AHEAD
+            && keeping.len() < MAX_KEEPING
+            && let Some(ReadRequest { at, blocks, .. }) = ahead.pop_front()
+        {
+            running_ahead.push(fetcher.fetch_ahead(at, blocks));
+        }
         tokio::select! {
-            Some(()) = running.next() => {}
+            () = &mut gone => break,
+            Some(fetched) = running.next() => {
+                if let Some(fetched) = fetched && keeping.len() < MAX_KEEPING {
+                    keeping.push(fetcher.keep(fetched));
+                }
+            }
+            Some(fetched) = running_ahead.next() => keeping.extend(Option::map(fetched, |f| fetcher.keep(f))),
+            Some(()) = keeping.next() => {}
             request = requests.recv(), if running.len() < MAX_READS => {
-                let Some(ReadRequest { at, first, blocks, reply }) = request else { break };
-                let fetcher = &fetcher;
-                running.push(async move {
-                    let (answer, fetched) = fetcher.fetch(at, first, blocks).await;
-                    let _ = reply.send(answer);
-                    if let Some(fetched) = fetched {
-                        fetcher.keep(fetched).await;
-                    }
-                });
+                let Some(request) = request else { break };
+                if request.reply.is_some() {
+                    running.push(serve_read(&fetcher, request));
+                } else if ahead.len() < MAX_AHEAD_WAITING {
+                    ahead.push_back(request);
+                }
             }
         }
     }
-    while running.next().await.is_some() {}
+    if requests.is_closed() {
+        while running.next().await.is_some() {}
+    }
+    // The buffers of a write that is not awaited are never freed.
+    while keeping.next().await.is_some() {}
 }
 
-/// A volume whose device waits, or whose host has no room for a cache, is served without one rather than not at all.
-fn open_cache(opts: &AttachOptions) -> Result<Option<Arc<Cache>>> {
-    let Some(place) = &opts.cache else { return Ok(None) };
-    match Cache::open(place) {
-        Ok(cache) => Ok(Some(Arc::new(cache))),
-        Err(e) if opts.resume || e.kind() == ErrorKind::Full => {
-            tracing::warn!("volume {} goes on without its cache: {e}", opts.volume);
-            Ok(None)
-        }
-        Err(e) => Err(e),
-    }
+async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, request: ReadRequest) -> Option<Fetched> {
+    let ReadRequest { at, first, blocks, reply } = request;
+    let (answer, fetched) = fetcher.fetch(at, first, blocks).await;
+    // Who has asked may have given up waiting.
+    let _ = reply.map(|r| r.send(answer));
+    fetched
+}
+
+/// The volume's cache. Without it the volume is served all the same: it costs speed alone.
+fn open_cache(opts: &AttachOptions) -> Option<Arc<Cache>> {
+    let opened = opts.cache.as_ref().map(Cache::open)?;
+    opened.map(Arc::new).inspect_err(|e| tracing::warn!("volume {} is served without its cache: {e}", opts.volume)).ok()
 }
 
 /// This process, as a manifest names it.

@@ -11,6 +11,7 @@
 
 use std::cell::RefCell;
 use std::future::Future;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use futures_util::future::{Either, join_all, select};
 use super::Volume;
 use super::counts::{Kind, LaneCounter};
 use super::engine::{Engine, Extent, IoFault};
+use crate::cache::ahead::Streams;
 use crate::cache::slot::PAGE_BLOCKS;
 use crate::cache::{Cache, Page};
 use crate::checksum::block_crc;
@@ -46,6 +48,7 @@ pub struct VolumeLane<D: Disk, T: Timer> {
     /// The volume's cache, and the lane's own descriptor of its file.
     cache: Option<(Arc<Cache>, D)>,
     timer: T,
+    streams: RefCell<Streams>,
     spare: RefCell<Vec<Vec<Piece>>>,
     counter: LaneCounter,
 }
@@ -102,7 +105,15 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         let appender = Rc::new(Appender::new(volume.log.clone(), disk));
         let counter = volume.counter();
         let cache = volume.cache().cloned().zip(of_cache);
-        Rc::new(Self { volume, appender, cache, timer, spare: RefCell::default(), counter })
+        Rc::new(Self {
+            volume,
+            appender,
+            cache,
+            timer,
+            streams: RefCell::default(),
+            spare: RefCell::default(),
+            counter,
+        })
     }
 
     fn check(&self, lba: Lba, sectors: u64) -> Result<(), IoFault> {
@@ -351,11 +362,36 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         Ok(())
     }
 
+    /// Has fetched what a stream of reads will ask for next, as far as it is in chunks alone.
+    fn fetch_ahead(&self, cache: &Cache, sectors: Range<u64>) {
+        let end = sectors.end.min(self.volume.sectors());
+        if sectors.start >= end || !self.volume.is_confirmed() {
+            return;
+        }
+        let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
+        self.volume.maps.lookup(Lba(sectors.start), end - sectors.start, &Unpinned, &mut pieces);
+        for p in pieces.drain(..) {
+            let Source::Chunk(at) = p.what else { continue };
+            let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
+            for run in cache.missing(at, blocks) {
+                let first = BlockNo(p.lba.block().0 + u64::from(run.start));
+                self.volume.fetch_ahead(at.plus(run.start), first, run.end - run.start);
+            }
+        }
+        self.spare.borrow_mut().push(pieces);
+    }
+
     async fn read_range(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
         let sectors = (dst.len() / SECTOR) as u64;
         self.check(lba, sectors)?;
         if !self.volume.is_confirmed() && !self.volume.maps.overlay_covers(lba, sectors) {
             self.within(self.volume.until_confirmed()).await?;
+        }
+        if let Some((cache, _)) = &self.cache {
+            let ahead = self.streams.borrow_mut().read(lba.0..lba.0 + sectors);
+            if let Some(ahead) = ahead {
+                self.fetch_ahead(cache, ahead);
+            }
         }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
         self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);

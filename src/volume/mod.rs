@@ -85,8 +85,8 @@ pub struct ReadRequest {
     pub first: BlockNo,
     /// How many.
     pub blocks: u16,
-    /// The answer.
-    pub reply: oneshot::Sender<Result<Blocks>>,
+    /// The answer; none when they are fetched ahead, for the cache.
+    pub reply: Option<oneshot::Sender<Result<Blocks>>>,
 }
 
 /// What the control plane asks of the background.
@@ -311,7 +311,7 @@ impl Volume {
     /// Blocks of a chunk, by way of the store threads; `None` when the chunk is not there (any more).
     async fn read_chunk(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Option<Blocks>, IoFault> {
         let (reply, answer) = oneshot::channel();
-        let request = ReadRequest { at, first, blocks, reply };
+        let request = ReadRequest { at, first, blocks, reply: Some(reply) };
         if self.reads.send(request).await.is_err() {
             return Err(IoFault::Gone);
         }
@@ -331,6 +331,14 @@ impl Volume {
                 Err(IoFault::Io)
             }
             Err(_) => Err(IoFault::Gone),
+        }
+    }
+
+    /// Has blocks of a chunk fetched for the cache, unless so much is asked for already that somebody might have to wait.
+    fn fetch_ahead(&self, at: Location, first: BlockNo, blocks: u16) {
+        if self.reads.capacity() > READ_QUEUE / 2 {
+            // Full or closed: then not.
+            let _ = self.reads.try_send(ReadRequest { at, first, blocks, reply: None });
         }
     }
 

@@ -32,7 +32,7 @@ fn attach(bench: &Bench) -> Host {
     Host::attach(options(bench)).unwrap()
 }
 
-fn cache(host: &Host) -> CacheStatus {
+fn cache_of(host: &Host) -> CacheStatus {
     host.volume().status().cache.expect("a cache")
 }
 
@@ -44,20 +44,22 @@ fn fetched(host: &Host) -> u64 {
 /// Waits until what the cache held before is found again.
 fn until_restored(host: &Host, pages: u64) {
     for _ in 0..200 {
-        if cache(host).used_bytes >= pages * (64 << 10) {
+        if cache_of(host).used_bytes >= pages * (64 << 10) {
             return;
         }
         pause(Duration::from_millis(20));
     }
-    panic!("{:?} after 4 s", cache(host));
+    panic!("{:?} after 4 s", cache_of(host));
 }
 
-/// Reads whatever is written to the cache in the background.
+/// Waits until nothing is being written to the cache any more.
 fn until_written(host: &Host) {
-    let mut before = u64::MAX;
-    while before != cache(host).written_bytes {
-        before = cache(host).written_bytes;
-        pause(Duration::from_millis(100));
+    let (mut before, mut quiet) = (u64::MAX, 0);
+    while quiet < 4 {
+        pause(Duration::from_millis(75));
+        let now = cache_of(host).written_bytes;
+        quiet = if now == before { quiet + 1 } else { 0 };
+        before = now;
     }
 }
 
@@ -76,10 +78,10 @@ fn what_was_read_once_is_read_here_also_by_the_next_process() {
     drain(host.volume());
     on_lane(host.volume(), async |e| compare(&e, &model, "from the store").await);
     until_written(&host);
-    let (once, before) = (fetched(&host), cache(&host));
+    let (once, before) = (fetched(&host), cache_of(&host));
     assert!(once > 4 << 20 && before.misses > 0 && before.used_bytes > 4 << 20, "{once} {before:?}");
     on_lane(host.volume(), async |e| compare(&e, &model, "from the cache").await);
-    let after = cache(&host);
+    let after = cache_of(&host);
     assert_eq!(fetched(&host), once, "nothing was fetched twice: {after:?}");
     assert_eq!((after.misses, after.damaged, after.failed_writes), (before.misses, 0, 0));
     assert!(after.hit_bytes >= before.hit_bytes + 8 * MIB as u64, "{before:?} {after:?}");
@@ -89,7 +91,7 @@ fn what_was_read_once_is_read_here_also_by_the_next_process() {
     until_restored(&host, after.used_bytes >> 16);
     let before = fetched(&host);
     on_lane(host.volume(), async |e| compare(&e, &model, "from the cache of the process before").await);
-    assert_eq!(fetched(&host), before, "{:?}", cache(&host));
+    assert_eq!(fetched(&host), before, "{:?}", cache_of(&host));
     host.detach().unwrap();
 }
 
@@ -149,7 +151,7 @@ fn a_file_that_is_damaged_cut_or_anothers_costs_reads_alone() {
         let host = attach(&bench);
         pause(Duration::from_millis(300));
         on_lane(host.volume(), async |e| compare(&e, &model, what).await);
-        let seen = cache(&host);
+        let seen = cache_of(&host);
         assert_eq!(seen.damaged > 0, what.contains("data") || what == "each header is another's", "{what}: {seen:?}");
         host.detach().unwrap();
     }
@@ -182,7 +184,7 @@ fn what_rots_in_the_file_meanwhile_is_read_from_the_store() {
         flip(&file, slot * SLOT_BYTES + 5 * BLOCK as u64 + 100);
     }
     on_lane(host.volume(), async |e| compare(&e, &model, "after the rot").await);
-    assert!(cache(&host).damaged > 0, "{:?}", cache(&host));
+    assert!(cache_of(&host).damaged > 0, "{:?}", cache_of(&host));
     on_lane(host.volume(), async |e| compare(&e, &model, "once more").await);
     host.detach().unwrap();
 }
@@ -207,7 +209,7 @@ fn a_volume_larger_than_its_cache_goes_round() {
         });
         until_written(&host);
     }
-    let seen = cache(&host);
+    let seen = cache_of(&host);
     assert!(seen.used_bytes <= seen.size_bytes && seen.used_bytes > seen.size_bytes * 3 / 4, "{seen:?}");
     assert_eq!(seen.failed_writes, 0);
     // What is read again and again stays beside a scan.
@@ -226,9 +228,9 @@ fn a_volume_larger_than_its_cache_goes_round() {
         }
     });
     until_written(&host);
-    let before = cache(&host);
+    let before = cache_of(&host);
     on_lane(host.volume(), async |e| hot(&e).await);
-    let after = cache(&host);
+    let after = cache_of(&host);
     assert!(after.hits - before.hits > 32, "of 64 hot pages are left: {}", after.hits - before.hits);
     host.detach().unwrap();
 }
@@ -242,10 +244,47 @@ fn all_who_wait_for_a_page_share_one_request() {
     let gets = |host: &Host| host.volume().status().store_requests.get_range.requests;
     let before = gets(&host);
     on_lane(host.volume(), async |e| {
-        let all = (0..32).map(|n| read(&e, 32 + n % 16, 1));
+        // Backwards: no stream.
+        let all = (0..32).map(|n| read(&e, 47 - n / 2, 1));
         assert!(join_all(all).await.concat().iter().all(|b| *b == 7));
     });
     assert_eq!(gets(&host) - before, 1, "the header is kept since it was packed");
+    host.detach().unwrap();
+}
+
+/// A volume read from its beginning to its end is fetched ahead in few requests; what is read here and there is not.
+#[test]
+fn reads_that_follow_one_another_are_fetched_ahead() {
+    let size = 24 * MIB;
+    let bench = Bench::new(size);
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| {
+        for mib in 0..size / MIB {
+            put(&e, (mib * 256) as u64, 256, mib as u8 + 1).await;
+        }
+    });
+    drain(host.volume());
+    let gets = |host: &Host| host.volume().status().store_requests.get_range;
+    on_lane(host.volume(), async |e| {
+        for n in 0..100 {
+            read(&e, n * 2711 % 6000, 1).await;
+        }
+    });
+    until_written(&host);
+    assert_eq!(cache_of(&host).ahead_bytes, 0, "{:?}", cache_of(&host));
+    let before = gets(&host);
+    on_lane(host.volume(), async |e| {
+        for block in (0..(size / BLOCK) as u64).step_by(8) {
+            assert!(read(&e, block, 8).await.iter().all(|b| *b == (block / 256) as u8 + 1), "block {block}");
+        }
+    });
+    until_written(&host);
+    let (after, seen) = (gets(&host), cache_of(&host));
+    assert!(seen.ahead_bytes > 16 * MIB as u64, "{seen:?}");
+    let fetched = after.bytes_in - before.bytes_in;
+    assert!(fetched <= size as u64 + 2 * MIB as u64, "{fetched} bytes: nothing is fetched twice");
+    // What was read before lies in between, and cuts the requests.
+    assert!(after.requests - before.requests < 200, "{} requests", after.requests - before.requests);
     host.detach().unwrap();
 }
 
@@ -319,7 +358,7 @@ fn a_clone_has_a_cache_of_its_own() {
             }
         });
         if life == 1 {
-            assert_eq!(fetched(&host), before, "{:?}", cache(&host));
+            assert_eq!(fetched(&host), before, "{:?}", cache_of(&host));
         }
         until_written(&host);
         host.detach().unwrap();
@@ -327,34 +366,75 @@ fn a_clone_has_a_cache_of_its_own() {
 }
 
 #[test]
-fn a_cache_that_cannot_be_is_refused_unless_a_device_waits() {
+fn a_volume_is_served_without_a_cache_that_cannot_be() {
     let bench = Bench::new(MIB);
-    for (place, kind) in [
-        (Place { path: file_of(&bench), bytes: MIN_BYTES - 1 }, ErrorKind::Usage),
-        (Place { path: bench.dir.path().to_owned(), bytes: MIN_BYTES }, ErrorKind::Usage),
-        (Place { path: "/proc/nothing/v.cache".into(), bytes: MIN_BYTES }, ErrorKind::NotFound),
-    ] {
-        let e = Host::attach(AttachOptions { cache: Some(place.clone()), ..bench.options() }).unwrap_err();
-        assert!(
-            e.kind() == kind || e.kind() == ErrorKind::Denied || e.kind() == ErrorKind::Io,
-            "{place:?}: {:?} {e}",
-            e.kind()
-        );
+    let place = Place { path: file_of(&bench), bytes: MIN_BYTES - 1 };
+    let e = Host::attach(AttachOptions { cache: Some(place), ..bench.options() }).unwrap_err();
+    assert!(e.kind() == ErrorKind::Usage && e.to_string().contains("--cache-size"), "{e}");
+    let missing = AttachOptions { volume: "other".into(), ..options(&bench) };
+    assert_eq!(Host::attach(missing).unwrap_err().kind(), ErrorKind::NotFound);
+    assert!(!file_of(&bench).exists(), "a refusal leaves nothing behind");
+    // A folder, a place where no folder can be made, and a file that another process has.
+    let taken = bench.dir.path().join("taken.cache");
+    let _other = vb_ublk::disk::file::DataFile::open(&taken, true).unwrap();
+    for (n, path) in (1..).zip([bench.dir.path().to_owned(), "/proc/nothing/v.cache".into(), taken]) {
+        for resume in [false, true] {
+            let cache = Some(Place { path: path.clone(), bytes: MIN_BYTES });
+            let host = Host::attach(AttachOptions { cache, resume, ..bench.options() }).unwrap();
+            assert_eq!(host.volume().status().cache, None, "{}", path.display());
+            on_lane(host.volume(), async |e| put(&e, n, 1, 9).await);
+            host.abandon().unwrap();
+        }
     }
     let host = attach(&bench);
-    let taken = AttachOptions {
-        volume: "vol".into(),
-        log_path: bench.dir.path().join("other/vol.wal"),
-        force: true,
-        ..options(&bench)
-    };
-    assert_eq!(Host::attach(taken).unwrap_err().kind(), ErrorKind::Busy, "two processes do not share a file");
-    on_lane(host.volume(), async |e| put(&e, 3, 1, 9).await);
-    host.abandon().unwrap();
-    let place = Some(Place { path: bench.dir.path().to_owned(), bytes: MIN_BYTES });
-    let host = Host::attach(AttachOptions { cache: place, resume: true, ..bench.options() }).unwrap();
-    on_lane(host.volume(), async |e| assert_eq!(read(&e, 3, 1).await, vec![9; BLOCK]));
-    assert_eq!(host.volume().status().cache, None);
+    on_lane(host.volume(), async |e| assert_eq!(read(&e, 1, 3).await, vec![9; 3 * BLOCK]));
     assert_eq!(host.volume().sectors(), (MIB / SECTOR) as u64);
+    host.detach().unwrap();
+}
+
+/// Smaller and larger from one attachment to the next.
+#[test]
+fn a_cache_changes_its_size_between_attachments() {
+    let bench = Bench::new(60 * MIB);
+    let model: Vec<u8> = (0..60 * MIB).map(|i| (i >> 20) as u8 + 1).collect();
+    for (n, bytes) in [2 * MIN_BYTES, MIN_BYTES, 3 * MIN_BYTES, MIN_BYTES + 5].into_iter().enumerate() {
+        let cache = Some(Place { path: file_of(&bench), bytes });
+        let host = Host::attach(AttachOptions { cache, ..bench.options() }).unwrap();
+        on_lane(host.volume(), async |e| {
+            if n == 0 {
+                for mib in 0..60 {
+                    put(&e, mib * 256, 256, mib as u8 + 1).await;
+                }
+                drain(host.volume());
+            } else {
+                until_restored(&host, 100);
+            }
+            compare(&e, &model, &format!("with {bytes} bytes")).await;
+        });
+        until_written(&host);
+        let seen = cache_of(&host);
+        assert!(seen.size_bytes <= bytes && seen.used_bytes <= seen.size_bytes, "{seen:?}");
+        host.detach().unwrap();
+    }
+}
+
+/// Ended while it is being filled, and while it is being taken up again.
+#[test]
+fn a_cache_is_left_at_any_moment() {
+    let bench = Bench::new(8 * MIB);
+    let mut model = vec![0; 8 * MIB];
+    for n in 0..12 {
+        let host = attach(&bench);
+        on_lane(host.volume(), async |e| {
+            if n == 0 {
+                churn(&e, &mut model, &mut Rng(60), 300).await;
+                drain(host.volume());
+            }
+            read(&e, n * 100, 64).await;
+        });
+        if n % 2 == 0 { host.detach().unwrap() } else { host.abandon().unwrap() }
+    }
+    let host = attach(&bench);
+    on_lane(host.volume(), async |e| compare(&e, &model, "in the end").await);
     host.detach().unwrap();
 }

@@ -4,13 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use vb_ublk::cache::{MIN_BYTES, Place};
 use vb_ublk::chunk::header::HEADER_ROOM;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::ErrorKind;
 use vb_ublk::manifest::Manifest;
 use vb_ublk::units::{BLOCK, Lba, SECTOR};
 use vb_ublk::volume::engine::{Engine, IoFault};
-use vb_ublk::volume::host::Host;
+use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::wal::codec::SUPERBLOCK_AT;
 
 use super::damage_support::{flip, name, objects, three_groups};
@@ -296,8 +297,14 @@ fn rot_in_the_log_is_an_error_for_its_block_alone_for_good() {
     check(&host, "packed", true);
     host.detach().unwrap();
     bench.wipe_local();
-    let host = bench.attach().unwrap();
+    let cache = Some(Place { path: bench.dir.path().join("vol.cache"), bytes: MIN_BYTES });
+    let host = Host::attach(AttachOptions { cache, ..bench.options() }).unwrap();
     check(&host, "from the store", true);
+    let hits = || host.volume().status().cache.unwrap().hits;
+    super::volume_support::pause(Duration::from_millis(300));
+    let before = hits();
+    check(&host, "with what is good of it in the cache", true);
+    assert!(hits() > before);
     on_lane(host.volume(), async |e| {
         put(&e, 11, 1, 9).await;
         e.write(Lba(21 * 8 + 3), buf_of(&[0x33; SECTOR]), false).await.unwrap();

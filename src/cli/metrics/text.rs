@@ -161,6 +161,9 @@ const COUNTERS: &[Counter] = &[
     ("cache_miss", In::Bytes, "Bytes of reads that had to go to the store past a local cache", |v| {
         v.cache.unwrap_or_default().miss_bytes
     }),
+    ("cache_ahead", In::Bytes, "What was fetched into the local cache before it was asked for", |v| {
+        v.cache.unwrap_or_default().ahead_bytes
+    }),
     ("cache_written", In::Bytes, "What was written to the local cache", |v| v.cache.unwrap_or_default().written_bytes),
     ("cache_damaged_pages", In::Count, "Pages of the local cache that failed their check and were forgotten", |v| {
         v.cache.unwrap_or_default().damaged

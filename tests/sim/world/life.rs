@@ -147,7 +147,7 @@ pub(super) async fn live(life: Life) {
         Some(store) => reader.over(store.clone()),
         None => reader,
     };
-    life.spawner.spawn(serve_reads(reads, Fetcher::<SimDisk>::new(reader, None)));
+    life.spawner.spawn(serve_reads(reads, Fetcher::<SimDisk>::new(reader, None), std::future::pending()));
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
     // What is asked for from now on is not what was found, though it is seen when that is judged.

@@ -1,0 +1,119 @@
+//! Which reads follow one another, and how far ahead of them to fetch.
+//!
+//! Invariants:
+//! - Nothing is fetched ahead for a read that does not go on where an earlier one ended.
+//! - Of a stream, nothing is asked for twice.
+
+use std::ops::Range;
+
+/// Streams that a lane follows.
+const STREAMS: usize = 8;
+/// What is fetched ahead of the second read of a stream, in sectors: 256 KiB.
+const FIRST: u64 = 512;
+/// The most that is fetched ahead, in sectors: 16 MiB, four chunks.
+const MOST: u64 = 32 << 10;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Stream {
+    /// Where its next read begins.
+    next: u64,
+    /// Up to here it has been fetched, or is being fetched.
+    ahead: u64,
+    /// How far ahead to be; 0 after a single read.
+    window: u64,
+    /// When it was read last, in reads of the lane.
+    used: u64,
+}
+
+/// See the module's page.
+#[derive(Debug, Default)]
+pub struct Streams {
+    all: [Stream; STREAMS],
+    reads: u64,
+}
+
+impl Streams {
+    /// A read of sectors: what to fetch ahead, in sectors, if it is one of a stream.
+    ///
+    /// A window is filled up when half of it has been read, and twice as large each time, so that reads seldom wait and few requests are made.
+    pub fn read(&mut self, sectors: Range<u64>) -> Option<Range<u64>> {
+        self.reads += 1;
+        let now = self.reads;
+        let Some(s) = self.all.iter_mut().find(|s| s.used > 0 && s.next == sectors.start) else {
+            let oldest = self.all.iter_mut().min_by_key(|s| s.used)?;
+            *oldest = Stream { next: sectors.end, ahead: sectors.end, window: 0, used: now };
+            return None;
+        };
+        (s.next, s.used) = (sectors.end, now);
+        if s.window > 0 && s.ahead >= sectors.end + s.window / 2 {
+            return None;
+        }
+        s.window = (s.window * 2).clamp(FIRST, MOST);
+        let from = s.ahead.max(sectors.end);
+        s.ahead = sectors.end + s.window;
+        Some(from..s.ahead)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_followed_with_a_growing_window() {
+        let mut s = Streams::default();
+        assert_eq!(s.read(1000..1008), None);
+        assert_eq!(s.read(1008..1016), Some(1016..1016 + FIRST));
+        let (mut at, mut ahead, mut asked) = (1016, 1016 + FIRST, Vec::new());
+        while at < 500_000 {
+            if let Some(r) = s.read(at..at + 8) {
+                assert_eq!(r.start, ahead.max(at + 8), "no gap, nothing twice");
+                assert!(r.end <= at + 8 + MOST);
+                ahead = r.end;
+                asked.push(r.end - r.start);
+            }
+            at += 8;
+            assert!(ahead >= at, "it stays ahead");
+        }
+        assert!(asked[..4].is_sorted(), "{asked:?}");
+        assert!(asked.len() < 60, "{} requests for 250 MB", asked.len());
+    }
+
+    #[test]
+    fn what_does_not_go_on_asks_for_nothing() {
+        let mut s = Streams::default();
+        let mut x = 1_u64;
+        for _ in 0..10_000 {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let at = (x >> 40) * 8;
+            assert_eq!(s.read(at..at + 8), None);
+        }
+        // The same place again and again is no stream.
+        for _ in 0..10 {
+            assert_eq!(s.read(8..16), None);
+        }
+    }
+
+    #[test]
+    fn several_streams_beside_each_other_and_beside_random_reads() {
+        let mut s = Streams::default();
+        let mut asked = [0; 4];
+        for n in 0..1000_u64 {
+            for (i, asked) in asked.iter_mut().enumerate() {
+                let at = ((i as u64) << 30) | (n * 64);
+                *asked += u64::from(s.read(at..at + 64).is_some());
+            }
+            let alone = ((n * 7919) << 12) | 3;
+            assert_eq!(s.read(alone..alone + 4), None);
+        }
+        assert!(asked.iter().all(|n| (5..20).contains(n)), "{asked:?}");
+    }
+
+    #[test]
+    fn one_larger_than_its_window_is_not_asked_for_what_it_has_read() {
+        let mut s = Streams::default();
+        s.read(0..4096);
+        assert_eq!(s.read(4096..8192), Some(8192..8192 + FIRST));
+        assert_eq!(s.read(8192..12_288), Some(12_288..12_288 + 2 * FIRST));
+    }
+}
