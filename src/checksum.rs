@@ -17,6 +17,16 @@ pub fn block_crc(block: BlockNo, data: &[u8]) -> u32 {
     h.finalize()
 }
 
+/// CRC-32 of `seed` and of `bytes`, with the four bytes at `gap`, where the checksum itself is, as zeros.
+#[must_use]
+pub(crate) fn crc_around(seed: &[u8], bytes: &[u8], gap: usize) -> u32 {
+    let mut h = crc32fast::Hasher::new();
+    for part in [seed, &bytes[..gap], &[0; 4], &bytes[gap + 4..]] {
+        h.update(part);
+    }
+    h.finalize()
+}
+
 /// SHA-256 in lower-case hex: how formats and versions spell it.
 #[must_use]
 pub fn sha256_hex(bytes: impl AsRef<[u8]>) -> String {

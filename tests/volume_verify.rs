@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use command_support::{everything, text, volume_command};
-use damage_support::{flip, name, objects, three_groups};
+use damage_support::{a_group_of_three, flip, name, objects, rot, three_groups};
 use serde_json::Value;
 use support_rng::Rng;
 use vb_ublk::chunk::header::HEADER_ROOM;
@@ -199,17 +199,6 @@ fn damage_that_nobody_reads_is_not_told() {
     assert!(verified(&bench).is_well());
 }
 
-/// Flips a bit in the log's copy of the one block that begins with `mark`.
-fn rot(bench: &Bench, mark: &[u8]) {
-    use std::os::unix::fs::FileExt;
-    let log = fs::read(bench.log()).unwrap();
-    let found: Vec<usize> = (0..log.len()).step_by(SECTOR).filter(|at| log[*at..].starts_with(mark)).collect();
-    let [at] = found[..] else { panic!("{} copies in the log", found.len()) };
-    let file = fs::OpenOptions::new().write(true).open(bench.log()).unwrap();
-    file.write_all_at(&[log[at + 40] ^ 1], at as u64 + 40).unwrap();
-    file.sync_all().unwrap();
-}
-
 #[test]
 fn sectors_that_were_lost_before_they_were_packed_are_told() {
     let bench = Bench::new(1 << 20);
@@ -331,18 +320,7 @@ fn groups_after_the_checkpoint_are_verified_too() {
 
 #[test]
 fn a_group_that_is_being_uploaded_is_left_out_and_named() {
-    // In a large log, a group has room for all of it.
-    let bench = Bench { log_bytes: 512 << 20, ..Bench::new(32 << 20) };
-    let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| put(&e, 0, 100, 1).await);
-    drain(host.volume());
-    on_lane(host.volume(), async |e| {
-        for mib in 0..10 {
-            put(&e, mib * 256, 256, 2).await;
-        }
-    });
-    drain(host.volume());
-    host.abandon().unwrap();
+    let bench = a_group_of_three();
     let chunks = objects(&bench, "chunks");
     assert_eq!(chunks.len(), 4);
     assert_eq!(verified(&bench).blocks_checked, 2560);

@@ -17,7 +17,7 @@ use crate::chunk::reader::{Blocks, ChunkReader, Stored};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::Location;
-use crate::units::{BLOCK, BlockNo, ChunkNo};
+use crate::units::{BlockNo, ChunkNo};
 
 type Answer = std::result::Result<Arc<Stored>, Arc<Error>>;
 type Flight = Shared<LocalBoxFuture<'static, Answer>>;
@@ -118,7 +118,6 @@ impl<D: Disk> Fetcher<D> {
     pub async fn keep(&self, fetched: Fetched) {
         let (Some((cache, disk)), Some(Ok(stored))) = (&self.cache, fetched.flight.peek()) else { return };
         let bad: Vec<usize> = stored.bad.iter().map(|(i, _)| *i).collect();
-        debug_assert!(stored.data.len().is_multiple_of(BLOCK));
         cache.admit(disk, fetched.source, &stored.header, stored.from, &stored.data, &bad).await;
     }
 }

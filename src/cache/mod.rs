@@ -20,7 +20,7 @@ pub mod slot;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
@@ -35,7 +35,7 @@ use crate::map::Location;
 use crate::units::{BLOCK, BlockNo, ChunkNo, human_bytes};
 pub use counts::CacheStatus;
 use counts::Counts;
-use slot::{PAGE_BLOCKS, SLOT_BYTES, SlotHeader};
+use slot::{PAGE_BLOCKS, SLOT_BYTES, SlotHeader, parts};
 
 /// Slots that the index leaves free, for what is being written and what readers still hold.
 const RESERVE: u32 = 64;
@@ -137,8 +137,6 @@ pub struct Cache {
     roomy: AtomicBool,
     file: Arc<DataFile>,
     counts: Counts,
-    /// The first failure of a write, which is told once.
-    failure: OnceLock<String>,
 }
 
 impl std::fmt::Debug for Cache {
@@ -223,7 +221,6 @@ impl Cache {
             slots,
             file: Arc::new(file),
             counts: Counts::default(),
-            failure: OnceLock::new(),
         })
     }
 
@@ -289,26 +286,34 @@ impl Cache {
     /// What is not here of the `blocks` blocks from `at` on, page by page, in runs of at most [`MOST_AHEAD`] blocks, counted from `at`.
     pub fn missing(&self, at: Location, blocks: u16) -> Vec<Range<u16>> {
         let mut runs: Vec<Range<u16>> = Vec::new();
-        let mut from = 0;
-        while from < blocks {
-            let here = at.plus(from);
-            let in_page = usize::from(here.index()) % PAGE_BLOCKS;
-            let n = ((PAGE_BLOCKS - in_page) as u16).min(blocks - from);
-            if self.pages.peek(&page_of(here)).is_none_or(|p| !p.has(in_page, n.into())) {
-                match runs.last_mut() {
-                    Some(run) if run.end == from && run.end - run.start + n <= MOST_AHEAD => run.end += n,
-                    _ => runs.push(from..from + n),
-                }
+        for (from, n) in self.missing_parts(at, blocks) {
+            match runs.last_mut() {
+                Some(run) if run.end == from && run.end - run.start + n <= MOST_AHEAD => run.end += n,
+                _ => runs.push(from..from + n),
             }
-            from += n;
         }
         runs
+    }
+
+    /// The parts of pages that are not here; not counted as a use of those that are.
+    fn missing_parts(&self, at: Location, blocks: u16) -> impl Iterator<Item = (u16, u16)> {
+        let index = usize::from(at.index());
+        let missing = move |from: usize, n| {
+            let here = self.pages.peek(&page_of(at.plus(from as u16)));
+            here.is_none_or(|p| !p.has((index + from) % PAGE_BLOCKS, n))
+        };
+        parts(index, blocks.into()).filter(move |(from, n)| missing(*from, *n)).map(|(from, n)| (from as u16, n as u16))
+    }
+
+    /// Whether a page here lacks some of these blocks.
+    fn lacks(&self, id: PageId, present: u16) -> bool {
+        self.pages.peek(&id).is_none_or(|p| present & !p.present != 0)
     }
 
     /// Whether the blocks are here; not counted as a use of them.
     #[must_use]
     pub fn has(&self, at: Location, blocks: u16) -> bool {
-        self.missing(at, blocks).is_empty()
+        self.missing_parts(at, blocks).next().is_none()
     }
 
     /// So much was fetched before it was asked for.
@@ -332,25 +337,11 @@ impl Cache {
         data: &[u8],
         bad: &[usize],
     ) {
-        let past = from + data.len() / BLOCK;
-        let mut at = from;
-        while at < past {
-            let page = at / PAGE_BLOCKS;
-            let end = ((page + 1) * PAGE_BLOCKS).min(past);
-            let part = &data[(at - from) * BLOCK..(end - from) * BLOCK];
-            let lost = bad.iter().map(|b| b + from).filter(|b| (at..end).contains(b));
-            let present = lost.fold(mask(at % PAGE_BLOCKS, end - at), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
-            self.admit_page(
-                disk,
-                page_id(source, header.chunk, page as u16),
-                header,
-                page,
-                at % PAGE_BLOCKS,
-                part,
-                present,
-            )
-            .await;
-            at = end;
+        for (before, n) in parts(from, data.len() / BLOCK) {
+            let at = from + before;
+            let lost = bad.iter().filter(|b| (before..before + n).contains(b)).map(|b| from + b);
+            let present = lost.fold(mask(at % PAGE_BLOCKS, n), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
+            self.admit_part(disk, source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present).await;
         }
     }
 
@@ -377,19 +368,20 @@ impl Cache {
         roomy
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a page, and what is known of it")]
-    async fn admit_page<D: Disk>(
+    /// A page, or a part of one: `data` from the chunk's stored block `at` on.
+    async fn admit_part<D: Disk>(
         &self,
         disk: &D,
-        id: PageId,
+        source: u8,
         header: &ChunkHeader,
-        page: usize,
         at: usize,
         data: &[u8],
         present: u16,
     ) {
-        // One that has more blocks already is not replaced; of two that have some each, the newer.
-        if present == 0 || self.pages.peek(&id).is_some_and(|p| p.present & present == present) {
+        let (page, at) = (at / PAGE_BLOCKS, at % PAGE_BLOCKS);
+        let id = page_id(source, header.chunk, page as u16);
+        // One that has more blocks already is not replaced; of two that have some each, the newer stays.
+        if present == 0 || !self.lacks(id, present) {
             return;
         }
         let Some(number) = self.free.take() else { return };
@@ -419,13 +411,12 @@ impl Cache {
             Ok(()) => {
                 self.counts.written_bytes.fetch_add(bytes, Ordering::Relaxed);
                 // Another may have come meanwhile.
-                if self.pages.peek(&id).is_none_or(|p| p.present | present != p.present) {
+                if self.lacks(id, present) {
                     self.pages.insert(id, Arc::new(Page { slot, present, crcs }));
                 }
             }
             Err(e) => {
-                self.counts.failed_writes.fetch_add(1, Ordering::Relaxed);
-                if self.failure.set(e.to_string()).is_ok() {
+                if self.counts.failed_writes.fetch_add(1, Ordering::Relaxed) == 0 {
                     tracing::warn!(
                         "writing to the cache {} failed: {e}; what is not in it is read from the store (nothing is lost)",
                         self.file.path().display()
@@ -447,7 +438,7 @@ impl Cache {
             let Ok(h) = SlotHeader::decode(block.bytes()) else { return };
             let Some(source) = keys.source(h.volume, h.chunk, h.epoch, h.nonce) else { return };
             let id = page_id(source, h.chunk, h.page);
-            if self.pages.peek(&id).is_none_or(|p| p.present | h.present != p.present) {
+            if self.lacks(id, h.present) {
                 self.pages.insert(id, Arc::new(Page { slot, present: h.present, crcs: h.crcs }));
             }
         });

@@ -24,6 +24,7 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::checksum::crc_around;
 use crate::chunk::header::MAX_BLOCKS;
 use crate::codec::CodecError;
 use crate::map::MAX_CHUNK;
@@ -80,12 +81,14 @@ pub struct SlotHeader {
     pub crcs: [u32; PAGE_BLOCKS],
 }
 
-fn header_crc(block: &[u8]) -> u32 {
-    let mut h = crc32fast::Hasher::new();
-    h.update(&block[..CRC_AT]);
-    h.update(&[0; 4]);
-    h.update(&block[CRC_AT + 4..]);
-    h.finalize()
+/// A stretch of a chunk's stored blocks, cut at the ends of pages: of each part, how many blocks are before it, and how many it has.
+pub(crate) fn parts(first: usize, blocks: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let n = (PAGE_BLOCKS - (first + done) % PAGE_BLOCKS).min(blocks - done);
+        done += n;
+        (n > 0).then_some((done - n, n))
+    })
 }
 
 impl SlotHeader {
@@ -105,7 +108,7 @@ impl SlotHeader {
             crcs: self.crcs.map(U32::new),
         };
         block[..size_of::<RawSlot>()].copy_from_slice(raw.as_bytes());
-        let crc = header_crc(&block[..BLOCK]);
+        let crc = crc_around(&[], &block[..BLOCK], CRC_AT);
         block[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
     }
 
@@ -120,7 +123,7 @@ impl SlotHeader {
         if raw.magic != MAGIC {
             return Err(CodecError::Magic(WHAT));
         }
-        let (stored, computed) = (raw.crc.get(), header_crc(block));
+        let (stored, computed) = (raw.crc.get(), crc_around(&[], block, CRC_AT));
         if stored != computed {
             return Err(CodecError::Checksum { what: WHAT, stored, computed });
         }
@@ -160,6 +163,15 @@ mod tests {
             present: 0x8001,
             crcs,
         }
+    }
+
+    #[test]
+    fn a_stretch_is_cut_at_the_ends_of_pages() {
+        let cut = |first, blocks| parts(first, blocks).collect::<Vec<_>>();
+        assert_eq!(cut(0, 16), [(0, 16)]);
+        assert_eq!(cut(15, 18), [(0, 1), (1, 16), (17, 1)]);
+        assert_eq!(cut(20, 3), [(0, 3)]);
+        assert_eq!(cut(31, 0), []);
     }
 
     #[test]

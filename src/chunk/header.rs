@@ -51,6 +51,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub use crate::checksum::block_crc;
+use crate::checksum::crc_around;
 use crate::codec::CodecError;
 use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq};
 
@@ -419,11 +420,7 @@ fn read_mask(raw: &[u8; size_of::<RawMask>()]) -> Result<(u16, u8), CodecError> 
 
 /// CRC-32 of the header's room with the checksum's own field as zero.
 fn header_crc(room: &[u8]) -> u32 {
-    let mut h = crc32fast::Hasher::new();
-    h.update(&room[..CRC_AT]);
-    h.update(&[0; 4]);
-    h.update(&room[EXTENTS_AT..]);
-    h.finalize()
+    crc_around(&[], room, CRC_AT)
 }
 
 /// The key of a chunk under the volume's `prefix` (empty, or ending in `/`). A listing is in order of number.

@@ -316,7 +316,7 @@ impl View {
         };
         let of_cache = self.0.cache().map(|c| disk(c.file(), "the cache")).transpose()?;
         let disk = disk(self.0.log_file(), "the write-ahead log")?;
-        Ok(VolumeLane::with_cache(Arc::clone(&self.0), disk, of_cache, LaneTimer::new(lane)))
+        Ok(VolumeLane::new(Arc::clone(&self.0), disk, of_cache, LaneTimer::new(lane)))
     }
 }
 

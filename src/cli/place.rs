@@ -90,7 +90,7 @@ pub(super) fn cache_folder(wanted: CacheArgs, settings: &Settings) -> Result<Opt
         return Ok(None);
     }
     engine::check_cache_size(bytes)?;
-    let dir = absolute(&cache_dir.unwrap_or_else(|| settings.data_dir.join("cache")))?;
+    let dir = absolute(&cache_dir_of(cache_dir, settings))?;
     match folder("the folder of the cache", "--cache-dir", &dir) {
         Err(e) if !asked_for => {
             tracing::warn!("without a local cache: {e}");
@@ -100,10 +100,13 @@ pub(super) fn cache_folder(wanted: CacheArgs, settings: &Settings) -> Result<Opt
     }
 }
 
+fn cache_dir_of(chosen: Option<PathBuf>, settings: &Settings) -> PathBuf {
+    chosen.unwrap_or_else(|| settings.data_dir.join("cache"))
+}
+
 /// Removes the cache of a volume that is no more, where this host's settings have it.
 pub(super) fn forget_cache(settings: &Settings, volume: &VolumeName) {
-    let usual = || settings.data_dir.join("cache");
-    let path = engine::cache_file(&settings.add.cache.cache_dir.clone().unwrap_or_else(usual), volume.as_str());
+    let path = engine::cache_file(&cache_dir_of(settings.add.cache.cache_dir.clone(), settings), volume.as_str());
     match std::fs::remove_file(&path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());

@@ -16,7 +16,7 @@ use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
-use super::{Command, ReadRequest, Volume, admin, fixed};
+use super::{Command, ReadRequest, Volume, Waiting, admin, fixed};
 use crate::cache::fetch::{Fetched, Fetcher};
 use crate::cache::{self, Cache};
 use crate::disk::Disk;
@@ -25,6 +25,7 @@ use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc;
 use crate::manifest::{Published, Writer};
+use crate::map::Location;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
@@ -235,7 +236,7 @@ pub async fn serve_reads<D: Disk>(
     loop {
         while running_ahead.len() < MAX_AHEAD
             && keeping.len() < MAX_KEEPING
-            && let Some(ReadRequest { at, blocks, .. }) = ahead.pop_front()
+            && let Some((at, blocks)) = ahead.pop_front()
         {
             running_ahead.push(fetcher.fetch_ahead(at, blocks));
         }
@@ -249,11 +250,11 @@ pub async fn serve_reads<D: Disk>(
             Some(fetched) = running_ahead.next() => keeping.extend(Option::map(fetched, |f| fetcher.keep(f))),
             Some(()) = keeping.next() => {}
             request = requests.recv(), if running.len() < MAX_READS => {
-                let Some(request) = request else { break };
-                if request.reply.is_some() {
-                    running.push(serve_read(&fetcher, request));
+                let Some(ReadRequest { at, blocks, waiting }) = request else { break };
+                if let Some(waiting) = waiting {
+                    running.push(serve_read(&fetcher, at, blocks, waiting));
                 } else if ahead.len() < MAX_AHEAD_WAITING {
-                    ahead.push_back(request);
+                    ahead.push_back((at, blocks));
                 }
             }
         }
@@ -265,11 +266,10 @@ pub async fn serve_reads<D: Disk>(
     while keeping.next().await.is_some() {}
 }
 
-async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, request: ReadRequest) -> Option<Fetched> {
-    let ReadRequest { at, first, blocks, reply } = request;
-    let (answer, fetched) = fetcher.fetch(at, first, blocks).await;
-    // Who has asked may have given up waiting.
-    let _ = reply.map(|r| r.send(answer));
+async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, at: Location, blocks: u16, waiting: Waiting) -> Option<Fetched> {
+    let (answer, fetched) = fetcher.fetch(at, waiting.first, blocks).await;
+    // Who has asked may have given up.
+    let _ = waiting.reply.send(answer);
     fetched
 }
 

@@ -22,7 +22,7 @@ use super::Volume;
 use super::counts::{Kind, LaneCounter};
 use super::engine::{Engine, Extent, IoFault};
 use crate::cache::ahead::Streams;
-use crate::cache::slot::PAGE_BLOCKS;
+use crate::cache::slot::{PAGE_BLOCKS, parts};
 use crate::cache::{Cache, Page};
 use crate::checksum::block_crc;
 use crate::chunk::reader::{Blocks, sectors_good};
@@ -83,9 +83,27 @@ fn unpin(log: &Log, pieces: &[Piece]) {
     }
 }
 
+/// Bytes of the first block before `lba`.
+const fn skip_of(lba: Lba) -> usize {
+    (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR
+}
+
 /// How many blocks a part of the volume touches.
 const fn blocks_of(lba: Lba, dst: &IoBuf) -> usize {
-    ((lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR + dst.len()).div_ceil(BLOCK)
+    (skip_of(lba) + dst.len()).div_ceil(BLOCK)
+}
+
+/// Where the blocks that `dst` touches are read to: in place, if it is made of whole ones.
+fn whole_blocks(lba: Lba, dst: &IoBuf) -> IoBuf {
+    if skip_of(lba) == 0 && dst.is_aligned(BLOCK) { dst.clone() } else { IoBuf::zeroed(blocks_of(lba, dst) * BLOCK) }
+}
+
+/// Copies what was asked for out of [`whole_blocks`], unless it is there.
+fn hand_over(lba: Lba, read: &IoBuf, dst: &IoBuf) {
+    if read.as_ptr() != dst.as_ptr() {
+        let skip = skip_of(lba);
+        dst.copy_in(0, &read.bytes()[skip..skip + dst.len()]);
+    }
 }
 
 impl Drop for Pin<'_> {
@@ -95,13 +113,8 @@ impl Drop for Pin<'_> {
 }
 
 impl<D: Disk, T: Timer> VolumeLane<D, T> {
-    /// A lane of `volume`; `disk` is the lane's own descriptor of the volume's log.
-    pub fn new(volume: Arc<Volume>, disk: D, timer: T) -> Rc<Self> {
-        Self::with_cache(volume, disk, None, timer)
-    }
-
-    /// One that reads from the volume's cache, too; `of_cache` is the lane's own descriptor of its file.
-    pub fn with_cache(volume: Arc<Volume>, disk: D, of_cache: Option<D>, timer: T) -> Rc<Self> {
+    /// A lane of `volume`; `disk` is the lane's own descriptor of the volume's log, `of_cache` that of its cache.
+    pub fn new(volume: Arc<Volume>, disk: D, of_cache: Option<D>, timer: T) -> Rc<Self> {
         let appender = Rc::new(Appender::new(volume.log.clone(), disk));
         let counter = volume.counter();
         let cache = volume.cache().cloned().zip(of_cache);
@@ -222,12 +235,10 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         }
     }
 
-    async fn read_log(&self, lba: Lba, blk: LogBlock, mut dst: IoBuf) -> Result<(), IoFault> {
+    async fn read_log(&self, lba: Lba, blk: LogBlock, dst: IoBuf) -> Result<(), IoFault> {
         let log = &self.volume.log;
         let at = u64::from(blk.0) * BLOCK as u64;
-        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
-        let in_place = skip == 0 && dst.is_aligned(BLOCK);
-        let mut buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks_of(lba, &dst) * BLOCK) };
+        let mut buf = whole_blocks(lba, &dst);
         if let Err(e) = self.appender.disk().read_at(at, buf.clone()).await {
             tracing::error!("reading the log at byte {at} for block {} failed: {e}", lba.block());
             return Err(IoFault::Io);
@@ -243,10 +254,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
                 return Err(IoFault::Io);
             }
         }
-        if !in_place {
-            let n = dst.len();
-            dst.bytes_mut().copy_from_slice(&buf.bytes()[skip..skip + n]);
-        }
+        hand_over(lba, &buf, &dst);
         Ok(())
     }
 
@@ -290,19 +298,15 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
                 None => self.read_remote(lba, at, dst).await,
             };
         }
-        let mut parts: Vec<(usize, usize, Option<Arc<Page>>)> = Vec::new();
-        let mut from = 0;
-        while from < blocks {
-            let here = at.plus(from as u16);
-            let n = (PAGE_BLOCKS - usize::from(here.index()) % PAGE_BLOCKS).min(blocks - from);
-            match (cache.find(here, n), parts.last_mut()) {
+        let mut found: Vec<(usize, usize, Option<Arc<Page>>)> = Vec::new();
+        for (from, n) in parts(at.index().into(), blocks) {
+            match (cache.find(at.plus(from as u16), n), found.last_mut()) {
                 (None, Some((_, missing, None))) => *missing += n,
-                (page, _) => parts.push((from, n, page)),
+                (page, _) => found.push((from, n, page)),
             }
-            from += n;
         }
-        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
-        let reads = parts.iter().map(|(from, n, page)| {
+        let skip = skip_of(lba);
+        let reads = found.iter().map(|(from, n, page)| {
             // The first part may begin inside its block, and the last one end inside its own.
             let bytes = (from * BLOCK).saturating_sub(skip)..((from + n) * BLOCK - skip).min(dst.len());
             let lba = Lba(lba.0 + (bytes.start / SECTOR) as u64);
@@ -327,15 +331,11 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         at: Location,
         dst: IoBuf,
     ) -> Result<(), IoFault> {
-        let skip = (lba.0 % SECTORS_PER_BLOCK) as usize * SECTOR;
-        let in_place = skip == 0 && dst.is_aligned(BLOCK);
-        let buf = if in_place { dst.clone() } else { IoBuf::zeroed(blocks_of(lba, &dst) * BLOCK) };
+        let buf = whole_blocks(lba, &dst);
         if cache.read(disk, page, at, lba.block(), buf.clone()).await.is_none() {
             return self.read_remote(lba, at, dst).await;
         }
-        if !in_place {
-            dst.copy_in(0, &buf.bytes()[skip..skip + dst.len()]);
-        }
+        hand_over(lba, &buf, &dst);
         Ok(())
     }
 
@@ -357,7 +357,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
                 return Err(IoFault::Io);
             }
         }
-        let skip = first as usize * SECTOR;
+        let skip = skip_of(lba);
         dst.copy_in(0, &data[skip..skip + dst.len()]);
         Ok(())
     }
@@ -374,8 +374,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
             let Source::Chunk(at) = p.what else { continue };
             let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
             for run in cache.missing(at, blocks) {
-                let first = BlockNo(p.lba.block().0 + u64::from(run.start));
-                self.volume.fetch_ahead(at.plus(run.start), first, run.end - run.start);
+                self.volume.fetch_ahead(at.plus(run.start), run.end - run.start);
             }
         }
         self.spare.borrow_mut().push(pieces);

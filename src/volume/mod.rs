@@ -81,12 +81,19 @@ const COMMAND_QUEUE: usize = 16;
 pub struct ReadRequest {
     /// Where they are.
     pub at: Location,
-    /// The volume's block that the first one is.
-    pub first: BlockNo,
     /// How many.
     pub blocks: u16,
-    /// The answer; none when they are fetched ahead, for the cache.
-    pub reply: Option<oneshot::Sender<Result<Blocks>>>,
+    /// Who waits for them; nobody when they are fetched ahead, for the cache.
+    pub waiting: Option<Waiting>,
+}
+
+/// Who waits for blocks.
+#[derive(Debug)]
+pub struct Waiting {
+    /// The volume's block that the first one is.
+    pub first: BlockNo,
+    /// The answer.
+    pub reply: oneshot::Sender<Result<Blocks>>,
 }
 
 /// What the control plane asks of the background.
@@ -311,7 +318,7 @@ impl Volume {
     /// Blocks of a chunk, by way of the store threads; `None` when the chunk is not there (any more).
     async fn read_chunk(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Option<Blocks>, IoFault> {
         let (reply, answer) = oneshot::channel();
-        let request = ReadRequest { at, first, blocks, reply: Some(reply) };
+        let request = ReadRequest { at, blocks, waiting: Some(Waiting { first, reply }) };
         if self.reads.send(request).await.is_err() {
             return Err(IoFault::Gone);
         }
@@ -335,10 +342,10 @@ impl Volume {
     }
 
     /// Has blocks of a chunk fetched for the cache, unless so much is asked for already that somebody might have to wait.
-    fn fetch_ahead(&self, at: Location, first: BlockNo, blocks: u16) {
+    fn fetch_ahead(&self, at: Location, blocks: u16) {
         if self.reads.capacity() > READ_QUEUE / 2 {
             // Full or closed: then not.
-            let _ = self.reads.try_send(ReadRequest { at, first, blocks, reply: None });
+            let _ = self.reads.try_send(ReadRequest { at, blocks, waiting: None });
         }
     }
 

@@ -189,9 +189,8 @@ fn what_rots_in_the_file_meanwhile_is_read_from_the_store() {
     host.detach().unwrap();
 }
 
-#[test]
-fn a_volume_larger_than_its_cache_goes_round() {
-    let size = 80 * MIB;
+/// A volume whose mebibyte n holds n + 1, in the store.
+fn filled(size: usize) -> (Bench, Host) {
     let bench = Bench::new(size);
     let host = attach(&bench);
     on_lane(host.volume(), async |e| {
@@ -200,6 +199,13 @@ fn a_volume_larger_than_its_cache_goes_round() {
         }
     });
     drain(host.volume());
+    (bench, host)
+}
+
+#[test]
+fn a_volume_larger_than_its_cache_goes_round() {
+    let size = 80 * MIB;
+    let (_bench, host) = filled(size);
     for round in 0..2 {
         on_lane(host.volume(), async |e| {
             for block in (0..(size / BLOCK) as u64).step_by(32) {
@@ -256,14 +262,7 @@ fn all_who_wait_for_a_page_share_one_request() {
 #[test]
 fn reads_that_follow_one_another_are_fetched_ahead() {
     let size = 24 * MIB;
-    let bench = Bench::new(size);
-    let host = attach(&bench);
-    on_lane(host.volume(), async |e| {
-        for mib in 0..size / MIB {
-            put(&e, (mib * 256) as u64, 256, mib as u8 + 1).await;
-        }
-    });
-    drain(host.volume());
+    let (_bench, host) = filled(size);
     let gets = |host: &Host| host.volume().status().store_requests.get_range;
     on_lane(host.volume(), async |e| {
         for n in 0..100 {

@@ -14,7 +14,7 @@ use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::wal::codec::SUPERBLOCK_AT;
 
-use super::damage_support::{flip, name, objects, three_groups};
+use super::damage_support::{flip, name, objects, rot, three_groups};
 use super::volume_support::{Bench, buf_of, drain, get, on_lane, put};
 use super::{force, refused};
 
@@ -249,17 +249,6 @@ fn part_of_a_block_waits(spoil: impl Fn(&Path)) {
         }
     });
     host.detach().unwrap();
-}
-
-/// Flips a bit in the log's copy of the one block that begins with `mark`.
-fn rot(bench: &Bench, mark: &[u8]) {
-    let log = fs::read(bench.log()).unwrap();
-    let found: Vec<usize> = (0..log.len()).step_by(SECTOR).filter(|at| log[*at..].starts_with(mark)).collect();
-    let [at] = found[..] else { panic!("{} copies in the log", found.len()) };
-    use std::os::unix::fs::FileExt;
-    let file = fs::OpenOptions::new().write(true).open(bench.log()).unwrap();
-    file.write_all_at(&[log[at + 40] ^ 1], at as u64 + 40).unwrap();
-    file.sync_all().unwrap();
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use damage_support::objects;
+use damage_support::{a_group_of_three, objects};
 use prefix::{Stamps, stamps};
 use support_rng::Rng;
 use vb_ublk::error::{Error, ErrorKind, Result};
@@ -53,19 +53,7 @@ fn an_incomplete_last_group_does_not_count() {
 }
 
 fn incomplete_group(from_the_end: usize) {
-    // In a large log, a group has room for all of it.
-    let bench = Bench { log_bytes: 512 << 20, ..Bench::new(32 << 20) };
-    let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| put(&e, 0, 100, 1).await);
-    drain(host.volume());
-    on_lane(host.volume(), async |e| {
-        // A group of three chunks.
-        for mib in 0..10 {
-            put(&e, mib * 256, 256, 2).await;
-        }
-    });
-    drain(host.volume());
-    host.abandon().unwrap();
+    let bench = a_group_of_three();
     bench.wipe_local();
     let chunks = objects(&bench, "chunks");
     assert!(chunks.len() >= 4, "{chunks:?}");

@@ -3,6 +3,7 @@
 
 #[path = "../command_support/mod.rs"]
 mod command_support;
+#[expect(dead_code, reason = "no log rots here, and no group is cut short")]
 #[path = "../damage_support/mod.rs"]
 mod damage_support;
 #[path = "../rebuild_support/mod.rs"]

@@ -44,7 +44,7 @@ pub(crate) fn on_lane_with<D: Disk, F: Future>(
     let lane = Lane::new(OwnRing::new(256, RingMode::default()).unwrap()).unwrap();
     let disk = |file: &Arc<DataFile>| wrap(LaneDisk::new(&lane, file.clone()));
     let of_cache = volume.cache().map(|c| disk(c.file()));
-    let engine = VolumeLane::with_cache(volume.clone(), disk(volume.log_file()), of_cache, LaneTimer::new(&lane));
+    let engine = VolumeLane::new(volume.clone(), disk(volume.log_file()), of_cache, LaneTimer::new(&lane));
     for task in engine.clone().tasks() {
         lane.spawn_boxed(task);
     }

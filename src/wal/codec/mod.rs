@@ -26,6 +26,7 @@ pub use record::{
 pub use segment::SegmentHeader;
 pub use superblock::{MAX_DRAWN, Superblock};
 
+use crate::checksum::crc_around;
 use crate::units::BLOCK;
 
 /// Where the slots begin.
@@ -94,11 +95,7 @@ const CRC_AT: usize = std::mem::offset_of!(Head, crc);
 
 /// CRC over a structure with its `crc` field taken as zero.
 fn crc_of(seed: &[u8], bytes: &[u8]) -> u32 {
-    let mut h = crc32fast::Hasher::new();
-    for part in [seed, &bytes[..CRC_AT], &[0; 4], &bytes[CRC_AT + 4..]] {
-        h.update(part);
-    }
-    h.finalize()
+    crc_around(seed, bytes, CRC_AT)
 }
 
 /// Writes the checksum over all of a structure that is otherwise complete.

@@ -113,7 +113,7 @@ impl Life {
     }
 
     fn lane(&self, volume: &Arc<Volume>) -> Rc<Lane> {
-        let lane = VolumeLane::new(volume.clone(), self.disk.clone(), self.clock.clone());
+        let lane = VolumeLane::new(volume.clone(), self.disk.clone(), None, self.clock.clone());
         lane.clone().tasks().into_iter().for_each(|t| self.spawner.spawn(t));
         let sealer = lane.clone();
         self.spawner.when_idle(move || sealer.seal());
