@@ -68,6 +68,29 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
+/// How far a FLUSH, or a write with FUA, goes before it is answered: `wal` or `store`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlushTo {
+    /// To the local log: what it covers survives the loss of power.
+    #[default]
+    Wal,
+    /// To the store, too: it survives the loss of this host.
+    Store,
+}
+
+impl FromStr for FlushTo {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "wal" => Ok(Self::Wal),
+            "store" => Ok(Self::Store),
+            _ => Err(Error::new(ErrorKind::Usage, format!("a flush goes to `wal` or `store`, not {:?}", shown(s)))),
+        }
+    }
+}
+
 /// The start of what somebody wrote, for an error message.
 fn shown(s: &str) -> String {
     s.chars().take(80).collect()
@@ -198,6 +221,8 @@ pub struct FileConfig {
     pub cache_dir: Option<PathBuf>,
     /// `--cache-size` of `add` and `nbd`.
     pub cache_size: Option<ByteSize>,
+    /// `--flush` of `add` and `nbd`.
+    pub flush: Option<FlushTo>,
     /// `--io-timeout` of `add` and `nbd`, in seconds.
     pub io_timeout: Option<u32>,
     /// `--metrics` of `add` and `nbd`: a port, or an address with a port.

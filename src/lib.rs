@@ -2,9 +2,10 @@
 //!
 //! The map of the house, from the outside in; knowledge flows downwards only:
 //! `cli → frontend → volume → gc → wal, map, chunk, cache, manifest → disk, store → units, error, config`. Beside them
-//! [`image`]: what a volume is imported from and exported to.
+//! [`image`]: what a volume is imported from and exported to; [`bench`]: a workload over any of it.
 //! `docs/ARCHITECTURE.md` follows a write through these rooms.
 
+pub mod bench;
 pub mod cache;
 pub mod checksum;
 pub mod chunk;

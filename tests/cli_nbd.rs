@@ -272,6 +272,119 @@ fn signals_in_a_pair_are_one_wish_and_a_later_one_ends_the_wait() {
     assert_eq!(server.end().0, Some(0));
 }
 
+#[test]
+fn flushes_and_barriers_go_as_far_as_they_are_told_to() {
+    let b = Bench::new();
+    let socket = b.path("nbd.sock");
+    let args = ["--unix", &socket, "--create-size", "64M", "--linger", "3600", "--force"];
+    let serve = |flush: &str| {
+        let mut server = Running::of(&mut b.nbd(&[&args[..], &["--flush", flush]].concat()));
+        assert!(server.line().starts_with("nbd+unix:"));
+        server
+    };
+    let qemu_io = |volume: &str, orders: &[&str]| {
+        let orders = orders.iter().flat_map(|o| ["-c", o]);
+        let uri = format!("nbd+unix:///{volume}?socket={socket}");
+        let out = Command::new("qemu-io").args(["-f", "raw"]).args(orders).arg(&uri).output().expect("qemu-io");
+        assert!(out.status.success() && !String::from_utf8_lossy(&out.stdout).contains("failed"), "{out:?}");
+    };
+    let ask = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vb-ublk"));
+        b.surround(command.args(args));
+        command.output().expect("start")
+    };
+    // The end of this host: the process, and all that is local.
+    let lose = |mut server: Running| {
+        server.signal(Signal::SIGKILL);
+        server.end();
+        std::fs::remove_dir_all(b.path("data/wal")).expect("remove");
+    };
+    let server = serve("store");
+    qemu_io("v", &["write -P 7 0 64k", "flush"]);
+    qemu_io("v", &["write -P 8 1M 64k", "write -f -P 9 2M 64k"]);
+    let said = String::from_utf8(ask(&["status", "v", "--json"]).stdout).expect("text");
+    assert!(said.contains("\"flush\": \"store\""), "{said}");
+    lose(server);
+
+    let server = serve("wal");
+    qemu_io("v", &["read -P 7 0 64k", "read -P 8 1M 64k", "read -P 9 2M 64k", "write -P 5 3M 64k"]);
+    let out = ask(&["barrier", "v"]);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("loss of power"), "{out:?}");
+    let out = ask(&["barrier", "v", "--store", "--json"]);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("\"to\": \"store\""), "{out:?}");
+    assert!(failed(&ask(&["barrier", "w"]), 1).contains("not attached on this host"));
+    assert!(failed(&ask(&["barrier", "v@s"]), 2).contains("name a volume"));
+    assert!(b.fails(&["--flush", "disk"], 2).contains("`wal` or `store`"));
+    lose(server);
+
+    let server = serve("wal");
+    qemu_io("v", &["read -P 5 3M 64k"]);
+    lose(server);
+}
+
+#[test]
+fn benchmarks_measure_and_check_what_they_are_pointed_at() {
+    let b = Bench::new();
+    let bench = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vb-ublk"));
+        b.surround(command.arg("bench").args(args));
+        command.output().expect("start")
+    };
+    let measured = |args: &[&str]| -> serde_json::Value {
+        let out = bench(&[args, &["--verify", "--seconds", "1", "--depth", "8", "--json"]].concat());
+        assert!(out.status.success(), "{out:?}");
+        serde_json::from_slice(&out.stdout).expect("JSON")
+    };
+    // A volume of its own, of which nothing is left.
+    let m = measured(&["--rw", "randrw", "--size", "64M", "--jobs", "2", "--fsync", "100", "--interval", "250"]);
+    for kind in ["read", "write", "flush"] {
+        assert!(m[kind]["requests"].as_u64() > Some(0) && m[kind]["latency_us"]["p99"].as_f64() > Some(0.0), "{m}");
+    }
+    assert!(m["verified_bytes"].as_u64() > Some(0) && m["intervals"].as_array().map(Vec::len) > Some(2), "{m}");
+    assert!(m["uploaded_seconds"].as_f64() > Some(0.0), "{m}");
+    let left = |folder: &str| std::fs::read_dir(b.path(folder)).expect("folder").count();
+    assert_eq!((left("data/store"), left("data/wal")), (0, 0));
+
+    let (socket, disk) = (b.path("nbd.sock"), b.path("disk"));
+    let mut server = Running::of(&mut b.nbd(&["--unix", &socket, "--create-size", "64M", "--workers", "2"]));
+    assert!(server.line().starts_with("nbd+unix:"));
+    std::fs::File::create(&disk).and_then(|f| f.set_len(32 << 20)).expect("file");
+    let uri = format!("nbd+unix:///v?socket={socket}");
+    let size = |n: usize| n.to_string();
+    for (target, bytes) in [(["--nbd", &uri], 64 << 20), (["--device", &disk], 32 << 20)] {
+        let m = measured(&[&target[..], &["--rw", "write", "--bs", "64K", "--fill", "--overwrite"]].concat());
+        assert_eq!(m["verified_bytes"].as_u64(), Some(bytes), "all of it: {m}");
+        let m = measured(&[&target[..], &["--rw", "randread", "--bs", "512"]].concat());
+        assert!(m["read"]["requests"].as_u64() > Some(0) && m["write"].is_null(), "{m}");
+        let line = failed(&bench(&target), 2);
+        assert!(line.contains("--overwrite") && line.contains(target[1]), "{line}");
+        for (args, word) in [
+            (["--depth", "0"], "1 to 1024"),
+            (["--bs", "1000"], "multiple of 512"),
+            (["--size", &size(4096)], "twice as many"),
+        ] {
+            let line = failed(&bench(&[&target[..], &["--overwrite"], &args].concat()), 2);
+            assert!(line.contains(word), "{line}");
+        }
+    }
+    // Another's hand in it, while it is measured: what it finds is not what it has written.
+    let work = ["--device", &disk, "--overwrite", "--size", "1M", "--verify", "--seconds", "3"];
+    let out = std::thread::scope(|s| {
+        let run = s.spawn(|| bench(&[&work[..], &["--rw", "write", "--depth", "1"]].concat()));
+        let begun = Instant::now();
+        while !run.is_finished() && begun.elapsed() < Duration::from_secs(60) {
+            let file = std::fs::OpenOptions::new().write(true).open(&disk).expect("open");
+            std::os::unix::fs::FileExt::write_all_at(&file, &[7; 100], 100 << 10).expect("write");
+        }
+        run.join().expect("run")
+    });
+    assert!(failed(&out, 1).contains("at byte 102400 are not what was written"), "{out:?}");
+    assert!(failed(&bench(&["--nbd", "nbds://h/v"]), 2).contains("TLS"));
+    assert!(failed(&bench(&["--nbd", &uri.replace("/v?", "/../x?")]), 1).contains("../x"));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.end().0, Some(0));
+}
+
 /// Flips a bit of the header of the record whose data begins with a block full of `byte`.
 fn damage_the_record_of(log: &str, byte: u8) {
     let mut bytes = std::fs::read(log).expect("the log");

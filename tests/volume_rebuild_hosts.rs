@@ -66,7 +66,7 @@ fn write(host: &Host, state: &mut State, rng: &mut Rng) {
 
 fn upload(host: &Host) {
     // A host that was fenced says so here, or does not know it yet.
-    let _ = block_on(host.volume().command(Command::Drain));
+    let _ = block_on(host.volume().command(Command::Barrier));
 }
 
 fn copy_tree(from: &Path, to: &Path) {

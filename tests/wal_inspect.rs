@@ -80,7 +80,7 @@ fn what_a_dead_host_had_not_uploaded_is_laid_over_what_the_store_has() {
     let (mut model, mut rng) = (vec![0; SIZE], Rng(11));
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 300).await);
-    block_on(host.volume().command(Order::Drain)).unwrap();
+    block_on(host.volume().command(Order::Barrier)).unwrap();
     take_store_away(&bench);
     on_lane(host.volume(), async |e| churn(&e, &mut model, &mut rng, 200).await);
     host.abandon().unwrap();

@@ -132,6 +132,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         log_bytes,
         force: args.force,
         read_only,
+        flush_to: args.flush.or(defaults.flush).unwrap_or_default(),
         io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
         resume: false,
         accept_loss: args.accept_loss,

@@ -1,5 +1,6 @@
 //! What the command line takes; what it takes for volumes in the store, images and logs is in [`store`].
 
+mod bench;
 mod store;
 
 use std::net::SocketAddr;
@@ -7,12 +8,13 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueHint};
 
+pub(crate) use bench::BenchArgs;
 pub(crate) use store::{
     CacheArgs, CloneArgs, ExportArgs, FlattenArgs, GcArgs, ImportArgs, LogArgs, RebuildArgs, SnapshotCommand,
     VolumeCommand, WalCommand,
 };
 
-use crate::config::{ByteSize, VolumeName};
+use crate::config::{ByteSize, FlushTo, VolumeName};
 
 /// A block device whose data lives in an object store.
 #[derive(Debug, Parser)]
@@ -105,6 +107,11 @@ pub(crate) enum Command {
     ///
     /// A volume that is attached does this by itself, when there is much of it.
     Gc(GcArgs),
+    /// Have what a volume attached on this host was written so far survive more than it does by itself
+    ///
+    /// It ends when all that had completed is in the local log and survives the loss of power; with --store, when the store has it, too,
+    /// and it survives the loss of this host. What a file system still has in memory, `sync` writes.
+    Barrier(BarrierArgs),
     /// Make a new volume from a disk image: a file, a block device or a pipe
     ///
     /// Zeros are not stored. The volume is there when all of the image is in the store, and not before.
@@ -114,6 +121,8 @@ pub(crate) enum Command {
     /// Or a snapshot, VOLUME@SNAPSHOT, of one that is. Every block is checked. A file is there under its name when it is whole, and not
     /// before.
     Export(ExportArgs),
+    /// Measure a volume, an NBD export, a block device or a file: a workload with its rates and latencies
+    Bench(Box<BenchArgs>),
     /// Write-ahead logs that no process has: left by a dead daemon, set aside, or damaged
     #[command(subcommand)]
     Wal(WalCommand),
@@ -190,6 +199,10 @@ pub(crate) struct AddArgs {
     /// go before what the dead one had, and --foreground counts
     #[arg(long)]
     pub(crate) recover: bool,
+    /// How far a flush goes before it is answered: to the local log (`wal`), which survives the loss of power, or to the store
+    /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
+    #[arg(long, value_name = "wal|store")]
+    pub(crate) flush: Option<FlushTo>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]
@@ -270,6 +283,10 @@ pub(crate) struct NbdArgs {
     pub(crate) wal_size: Option<ByteSize>,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
+    /// How far a flush goes before it is answered: to the local log (`wal`), which survives the loss of power, or to the store
+    /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
+    #[arg(long, value_name = "wal|store")]
+    pub(crate) flush: Option<FlushTo>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]
@@ -299,6 +316,17 @@ impl TlsMode {
             _ => Err("`required` or `allowed` is possible".to_owned()),
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BarrierArgs {
+    /// The volume
+    pub(crate) volume: VolumeName,
+    /// As far as the store
+    #[arg(long)]
+    pub(crate) store: bool,
+    #[command(flatten)]
+    pub(crate) json: JsonArg,
 }
 
 /// Which devices.

@@ -25,6 +25,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::FlushTo;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// The longest request, in bytes.
@@ -72,6 +73,11 @@ pub(super) enum Order {
     CollectGarbage,
     /// Copy what a clone needs of its parents.
     Flatten,
+    /// Have what has completed survive the loss of power, or of this host.
+    Barrier {
+        /// How far it goes.
+        to: FlushTo,
+    },
     /// Delete a snapshot.
     DeleteSnapshot {
         /// Its name.

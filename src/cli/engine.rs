@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 use super::control::Order;
+use crate::config::FlushTo;
 use crate::disk::file::DataFile;
 use crate::disk::uring::UringDisk;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -290,6 +291,8 @@ impl View {
             Order::Grow { size_bytes } => Command::Grow { size_bytes, reply },
             Order::CollectGarbage => Command::CollectGarbage(reply),
             Order::Flatten => Command::Flatten(reply),
+            Order::Barrier { to: FlushTo::Wal } => Command::Sync(reply),
+            Order::Barrier { to: FlushTo::Store } => Command::Barrier(reply),
             Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },
         })
     }

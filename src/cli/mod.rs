@@ -6,6 +6,8 @@
 
 mod add;
 mod args;
+mod barrier;
+mod bench;
 mod claim;
 mod collect;
 mod control;
@@ -95,9 +97,11 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Volume(command) => volume::run(&settings, command),
         Command::Snapshot(command) => snapshot::run(&settings, command),
         Command::Clone(args) => snapshot::clone(&settings, args),
+        Command::Barrier(args) => barrier::run(&settings, args),
         Command::Gc(args) => collect::run(&settings, args),
         Command::Import(args) => import::run(&settings, args),
         Command::Export(args) => export::run(&settings, args),
+        Command::Bench(args) => bench::run(&settings, args),
         Command::Completions { .. } | Command::Man { .. } | Command::Features(_) | Command::Wal(_) => Ok(()),
     }
 }

@@ -14,7 +14,7 @@ use super::pause;
 use super::place::{DEFAULT_WAL, log_at};
 use super::settings::Settings;
 use super::state::RunDir;
-use crate::config::VolumeName;
+use crate::config::{FlushTo, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Between two looks at what a daemon was ordered to do.
@@ -76,6 +76,7 @@ pub(super) fn offline(
         log_bytes,
         force: false,
         read_only: false,
+        flush_to: FlushTo::Wal,
         io_timeout: None,
         resume: false,
         accept_loss: false,

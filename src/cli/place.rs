@@ -104,9 +104,9 @@ fn cache_dir_of(chosen: Option<PathBuf>, settings: &Settings) -> PathBuf {
     chosen.unwrap_or_else(|| settings.data_dir.join("cache"))
 }
 
-/// Removes the cache of a volume that is no more, where this host's settings have it.
-pub(super) fn forget_cache(settings: &Settings, volume: &VolumeName) {
-    let path = engine::cache_file(&cache_dir_of(settings.add.cache.cache_dir.clone(), settings), volume.as_str());
+/// Removes the cache of a volume that is no more, where somebody or this host's settings have it.
+pub(super) fn forget_cache(chosen: Option<PathBuf>, settings: &Settings, volume: &VolumeName) {
+    let path = engine::cache_file(&cache_dir_of(chosen, settings), volume.as_str());
     match std::fs::remove_file(&path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());

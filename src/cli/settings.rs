@@ -10,7 +10,7 @@ use std::str::FromStr;
 use super::args::{CacheArgs, Global, TlsMode};
 use super::metrics;
 use super::nbd::listen;
-use crate::config::{ByteSize, FileConfig};
+use crate::config::{ByteSize, FileConfig, FlushTo};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{StoreOptions, StoreUrl};
 
@@ -35,6 +35,7 @@ pub(crate) struct AddDefaults {
     pub(crate) log: Option<LogPlace>,
     pub(crate) wal_size: Option<ByteSize>,
     pub(crate) cache: CacheArgs,
+    pub(crate) flush: Option<FlushTo>,
     /// In seconds.
     pub(crate) io_timeout: Option<u32>,
     pub(crate) metrics: Option<SocketAddr>,
@@ -111,6 +112,14 @@ impl Settings {
         given.or_else(|| self.add.log.clone()).unwrap_or_else(|| LogPlace::Dir(self.data_dir.join("wal")))
     }
 
+    /// The folder of logs, also where `add` would have a device.
+    pub(crate) fn wal_dir(&self) -> PathBuf {
+        match &self.add.log {
+            Some(LogPlace::Dir(dir)) => dir.clone(),
+            Some(LogPlace::Device(_)) | None => self.data_dir.join("wal"),
+        }
+    }
+
     /// Of this process.
     pub(crate) fn of_process(global: &Global) -> Result<Self> {
         let env = |name: &str| std::env::var(name).ok();
@@ -185,6 +194,8 @@ impl AddDefaults {
             |name| around.first(&[name]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(name))).transpose();
         let size = bytes(SIZE)?;
         let cache = CacheArgs { cache_dir: path("VB_UBLK_CACHE_DIR"), cache_size: bytes("VB_UBLK_CACHE_SIZE")? };
+        const FLUSH: &str = "VB_UBLK_FLUSH";
+        let flush = around.first(&[FLUSH]).map(|v| v.parse().map_err(|e: Error| e.context(FLUSH))).transpose()?;
         let (address, place) = match around.first(&[METRICS]) {
             Some(v) => (Some(v), METRICS),
             None => (file.metrics, "`metrics` in the configuration file"),
@@ -196,6 +207,7 @@ impl AddDefaults {
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
             wal_size: size.or(file.wal_size),
             cache: cache.or(&CacheArgs { cache_dir: file.cache_dir, cache_size: file.cache_size }),
+            flush: flush.or(file.flush),
             io_timeout: around.number("VB_UBLK_IO_TIMEOUT")?.or(file.io_timeout),
             metrics,
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),
@@ -333,7 +345,7 @@ mod tests {
     fn what_add_does_unless_told_otherwise() {
         let none = Global::default();
         let add = |env: &[(&str, &str)], file: &str| resolve(&none, env, file).map(|s| s.add);
-        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\ncache-dir = \"/cf\"\ncache-size = 0\nio-timeout = 8\nmetrics = 7\n\
+        let file = "queues = 1\ndepth = 2\nwal-dir = \"/file\"\nwal-size = \"3G\"\ncache-dir = \"/cf\"\ncache-size = 0\nflush = \"store\"\nio-timeout = 8\nmetrics = 7\n\
                     strict = true\n";
         let from_file = AddDefaults {
             queues: Some(1),
@@ -341,6 +353,7 @@ mod tests {
             log: Some(LogPlace::Dir("/file".into())),
             wal_size: Some(ByteSize(3 << 30)),
             cache: CacheArgs { cache_dir: Some("/cf".into()), cache_size: Some(ByteSize(0)) },
+            flush: Some(FlushTo::Store),
             io_timeout: Some(8),
             metrics: Some("127.0.0.1:7".parse().expect("address")),
             strict: true,
@@ -355,6 +368,7 @@ mod tests {
             "WAL_SIZE",
             "CACHE_DIR",
             "CACHE_SIZE",
+            "FLUSH",
             "IO_TIMEOUT",
             "METRICS",
             "STRICT",
@@ -369,6 +383,7 @@ mod tests {
             ("VB_UBLK_WAL_SIZE", "6G"),
             ("VB_UBLK_CACHE_DIR", "/ce"),
             ("VB_UBLK_CACHE_SIZE", "8G"),
+            ("VB_UBLK_FLUSH", "wal"),
             ("VB_UBLK_IO_TIMEOUT", "9"),
             ("VB_UBLK_METRICS", "[::1]:0"),
             ("VB_UBLK_STRICT", "no"),
@@ -379,6 +394,7 @@ mod tests {
             log: Some(LogPlace::Device("/dev/env".into())),
             wal_size: Some(ByteSize(6 << 30)),
             cache: CacheArgs { cache_dir: Some("/ce".into()), cache_size: Some(ByteSize(8 << 30)) },
+            flush: Some(FlushTo::Wal),
             io_timeout: Some(9),
             metrics: Some("[::1]:0".parse().expect("address")),
             strict: false,
@@ -391,6 +407,7 @@ mod tests {
             ("VB_UBLK_QUEUES", "-1"),
             ("VB_UBLK_DEPTH", "70000"),
             ("VB_UBLK_WAL_SIZE", "1GB"),
+            ("VB_UBLK_FLUSH", "disk"),
             ("VB_UBLK_METRICS", "70000"),
             ("VB_UBLK_STRICT", "perhaps"),
         ] {

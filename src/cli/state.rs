@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::CachePlace;
 use crate::checksum::sha256_hex;
-use crate::config::VolumeName;
+use crate::config::{FlushTo, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// The version of the state file's format.
@@ -41,6 +41,8 @@ pub(crate) struct How {
     #[serde(default)]
     pub(crate) cache: Option<CachePlace>,
     pub(crate) read_only: bool,
+    #[serde(default)]
+    pub(crate) flush: FlushTo,
     /// In seconds.
     #[serde(default)]
     pub(crate) io_timeout: Option<u32>,
@@ -207,9 +209,14 @@ impl RunDir {
         Err(Error::new(ErrorKind::Usage, what))
     }
 
+    /// What is locked: it stays, so that nobody locks another of its name.
+    pub(crate) fn lock_path(&self, volume: &VolumeName) -> PathBuf {
+        self.0.join(format!("{volume}.lock"))
+    }
+
     /// Takes the volume's lock; `None` when another process has it.
     pub(crate) fn lock(&self, volume: &VolumeName) -> Result<Option<Held>> {
-        let path = self.0.join(format!("{volume}.lock"));
+        let path = self.lock_path(volume);
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -230,7 +237,7 @@ impl RunDir {
 
     /// Whether a process has the volume.
     pub(crate) fn is_held(&self, volume: &VolumeName) -> Result<bool> {
-        let path = self.0.join(format!("{volume}.lock"));
+        let path = self.lock_path(volume);
         let file = match File::open(&path) {
             Ok(f) => f,
             Err(e) if e.kind() == IoKind::NotFound => return Ok(false),

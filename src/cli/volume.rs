@@ -72,7 +72,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;
-            forget_cache(settings, volume);
+            forget_cache(settings.add.cache.cache_dir.clone(), settings, volume);
             if json.json {
                 return print_json(&json!({ "volume": volume, "objects": objects }));
             }

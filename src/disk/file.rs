@@ -159,6 +159,23 @@ impl DataFile {
         self.file.try_clone()
     }
 
+    /// Holds a block device for this process: while what is returned is open, nobody mounts it or builds on it. `None` for a file.
+    ///
+    /// # Errors
+    /// `Busy` when somebody has it mounted, or part of another device.
+    pub fn claim(&self) -> Result<Option<File>> {
+        if !self.device {
+            return Ok(None);
+        }
+        match OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_EXCL).open(&self.path) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                let what = format!("{} is mounted or in use: choose another, or unmount it", self.path.display());
+                Err(Error::new(ErrorKind::Busy, what))
+            }
+            opened => opened.map(Some).context(|| format!("claiming {}", self.path.display())),
+        }
+    }
+
     /// The descriptor.
     #[must_use]
     pub fn raw_fd(&self) -> RawFd {

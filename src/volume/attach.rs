@@ -15,6 +15,7 @@ use super::start::{Place, prepare_slots, start_log};
 use super::take::{By, LogSays, look, take};
 use super::{Parts, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
+use crate::config::FlushTo;
 use crate::disk::Disk;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -34,6 +35,8 @@ pub struct Request {
     pub force: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// How far flushes go.
+    pub flush_to: FlushTo,
     /// How long a request may wait for the store; none: as long as it takes.
     pub io_timeout: Option<Duration>,
     /// How garbage is collected.
@@ -148,6 +151,7 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
         size_bytes: before.size_bytes,
         logical_block: before.logical_block,
         read_only: request.read_only,
+        flush_to: request.flush_to,
         io_timeout: request.io_timeout,
         gc: request.gc.clone(),
         store_url: store.url(),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::Parts;
 use super::attach::{Attached, Stores};
 use super::start::{Place, start_log};
+use crate::config::FlushTo;
 use crate::disk::file::DataFile;
 use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -67,6 +68,8 @@ pub(super) async fn open(
         size_bytes: m.size_bytes,
         logical_block: m.logical_block,
         read_only: true,
+        // Nothing is ever written that a flush would have to wait for.
+        flush_to: FlushTo::Wal,
         io_timeout,
         gc: Policy::off(),
         store_url: store.url(),

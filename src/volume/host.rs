@@ -19,6 +19,7 @@ use super::salvage::accept_loss;
 use super::{Command, ReadRequest, Volume, Waiting, admin, fixed};
 use crate::cache::fetch::{Fetched, Fetcher};
 use crate::cache::{self, Cache};
+use crate::config::FlushTo;
 use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{TokioTimer, UringDisk};
@@ -68,6 +69,8 @@ pub struct AttachOptions {
     pub force: bool,
     /// Refuse writes.
     pub read_only: bool,
+    /// How far flushes go.
+    pub flush_to: FlushTo,
     /// How long a request may wait for the store; none: as long as it takes.
     pub io_timeout: Option<Duration>,
     /// Go on from the log before the store is asked, as [`resume`] does: for a volume whose process has died while this
@@ -296,7 +299,15 @@ fn stores(backend: &Arc<Metrics>, attach: Policy) -> Stores {
 fn request(opts: &AttachOptions) -> Result<Request> {
     let nonce = Nonce::draw().context(|| "drawing a nonce")?;
     let gc = if opts.read_only { gc::Policy::off() } else { opts.gc.clone() };
-    Ok(Request { force: opts.force, read_only: opts.read_only, io_timeout: opts.io_timeout, gc, writer: who(), nonce })
+    Ok(Request {
+        force: opts.force,
+        read_only: opts.read_only,
+        flush_to: opts.flush_to,
+        io_timeout: opts.io_timeout,
+        gc,
+        writer: who(),
+        nonce,
+    })
 }
 
 fn salts() -> Box<dyn FnMut() -> u64 + Send> {

@@ -5,6 +5,7 @@
 //! - A write is answered when the frontier has passed its record; with FUA, when a sync that began after that has
 //!   ended (or its record was written with RWF_DSYNC over a durable log).
 //! - A flush covers what the frontier had passed when it was issued, on whichever lane.
+//! - Where flushes go to the store, they and writes with FUA are answered after a barrier that began when the log was durable.
 //! - What a read returns has passed its check: checksum and address.
 //! - With a limit on waiting, what waits longer for the store, or for room that uploads would make, fails; a write that
 //!   failed so has no place in the log. What is on its way to the log's disk is waited for in any case.
@@ -26,6 +27,7 @@ use crate::cache::slot::{PAGE_BLOCKS, parts};
 use crate::cache::{Cache, Page};
 use crate::checksum::block_crc;
 use crate::chunk::reader::{Blocks, sectors_good};
+use crate::config::FlushTo;
 use crate::disk::{Disk, IoBuf};
 use crate::map::{Location, LogBlock, Piece, PinLog, Source};
 use crate::time::Timer;
@@ -200,6 +202,9 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
     async fn settle(&self, end: LogPos, fua: bool) -> Result<(), IoFault> {
         if fua {
             self.volume.log.sync_through(end, self.appender.disk()).await.map_err(|e| self.fault(e))?;
+            if self.volume.flush_to == FlushTo::Store {
+                self.within(self.volume.barrier()).await?;
+            }
         }
         // A write that ends after the volume was lost is not acknowledged.
         if self.volume.is_gone() { Err(IoFault::Gone) } else { Ok(()) }

@@ -58,6 +58,7 @@ use uuid::Uuid;
 
 use crate::cache::Cache;
 use crate::chunk::reader::Blocks;
+use crate::config::FlushTo;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Policy;
@@ -103,8 +104,11 @@ pub enum Command {
     Detach(oneshot::Sender<Result<()>>),
     /// End at once and leave everything as a dead process would: in the log.
     Abandon,
-    /// Upload everything that is complete now.
-    Drain(oneshot::Sender<Result<()>>),
+    /// Upload everything that is complete now. Answered when it is in the store, and the manifest, looked at after that, still names
+    /// this attachment: whoever attaches the volume next finds it, wherever that is.
+    Barrier(oneshot::Sender<Result<()>>),
+    /// Make everything that is complete now survive power loss here.
+    Sync(oneshot::Sender<Result<()>>),
     /// Keep the volume as it is now, or a little later, under a name: every write that has completed is in it. Answered when it is in
     /// the store.
     Snapshot {
@@ -153,6 +157,7 @@ pub struct Volume {
     commands: mpsc::Sender<Command>,
     confirmed: watch::Sender<bool>,
     is_confirmed: AtomicBool,
+    flush_to: FlushTo,
     /// How long a request may wait for the store.
     io_timeout: Option<Duration>,
     timeouts: AtomicU64,
@@ -173,6 +178,7 @@ pub(crate) struct Parts {
     pub size_bytes: u64,
     pub logical_block: u32,
     pub read_only: bool,
+    pub flush_to: FlushTo,
     pub io_timeout: Option<Duration>,
     pub gc: Policy,
     pub store_url: String,
@@ -186,8 +192,20 @@ impl Volume {
     pub(crate) fn new(p: Parts) -> (Arc<Self>, mpsc::Receiver<ReadRequest>, mpsc::Receiver<Command>) {
         let (reads, reads_out) = mpsc::channel(READ_QUEUE);
         let (commands, commands_out) = mpsc::channel(COMMAND_QUEUE);
-        let Parts { name, uuid, size_bytes, logical_block, read_only, io_timeout, gc, store_url, log, log_file, maps } =
-            p;
+        let Parts {
+            name,
+            uuid,
+            size_bytes,
+            logical_block,
+            read_only,
+            flush_to,
+            io_timeout,
+            gc,
+            store_url,
+            log,
+            log_file,
+            maps,
+        } = p;
         let volume = Self {
             name,
             uuid,
@@ -204,6 +222,7 @@ impl Volume {
             commands,
             confirmed: watch::Sender::new(false),
             is_confirmed: false.into(),
+            flush_to,
             io_timeout,
             timeouts: AtomicU64::new(0),
             is_gone: false.into(),
@@ -341,6 +360,16 @@ impl Volume {
         }
     }
 
+    /// Waits until the store has everything that has completed, and is seen to be this attachment's still.
+    async fn barrier(&self) -> Result<(), IoFault> {
+        let done = std::pin::pin!(self.command(Command::Barrier));
+        match select(done, std::pin::pin!(self.until_gone())).await {
+            Either::Left((Ok(()), _)) => Ok(()),
+            // A barrier waits for as long as it takes, so that it fails only with the volume.
+            Either::Left((Err(_), _)) | Either::Right(_) => Err(IoFault::Gone),
+        }
+    }
+
     /// Has blocks of a chunk fetched for the cache, unless so much is asked for already that somebody might have to wait.
     fn fetch_ahead(&self, at: Location, blocks: u16) {
         if self.reads.capacity() > READ_QUEUE / 2 {
@@ -414,6 +443,7 @@ impl Volume {
             size_bytes: self.size_bytes(),
             logical_block: self.logical_block,
             read_only: self.read_only,
+            flush: self.flush_to,
             confirmed: self.is_confirmed(),
             store_url: self.store_url.clone(),
             log: self.log.status(),

@@ -68,6 +68,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         size_bytes: sb.current.volume_sectors * SECTOR as u64,
         logical_block: sb.current.logical_block,
         read_only: request.read_only,
+        flush_to: request.flush_to,
         io_timeout: request.io_timeout,
         gc: request.gc.clone(),
         store_url: stores.background.url(),

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::counts::Requests;
 use crate::cache::CacheStatus;
+use crate::config::FlushTo;
 use crate::store::metrics::Snapshot;
 use crate::wal::log::LogStatus;
 
@@ -87,6 +88,9 @@ pub struct VolumeStatus {
     pub logical_block: u32,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// How far flushes go.
+    #[serde(default)]
+    pub flush: FlushTo,
     /// Whether the store has been asked since the volume was taken up: before, only the log is served.
     #[serde(default)]
     pub confirmed: bool,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use vb_ublk::config::FlushTo;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::error::Result;
@@ -72,6 +73,8 @@ pub(crate) struct Seen {
     pub(crate) taken: u64,
     pub(crate) late: u64,
     pub(crate) drained: u64,
+    /// Barriers that were passed while another host took over.
+    pub(crate) promised: u64,
     pub(crate) groups: u64,
     /// Attaches that lost against what a dead process had sent.
     pub(crate) again: u64,
@@ -105,6 +108,7 @@ impl Seen {
             taken: self.taken + b.taken,
             late: self.late + b.late,
             drained: self.drained + b.drained,
+            promised: self.promised + b.promised,
             groups: self.groups + b.groups,
             again: self.again + b.again,
             stopped: self.stopped + b.stopped,
@@ -221,6 +225,8 @@ impl World {
             broken: Cell::new(false),
             seen: Cell::default(),
             gc,
+            // None of the seeds that have found something.
+            flush_to: if seed % 7 == 5 { FlushTo::Store } else { FlushTo::Wal },
             snapshots: RefCell::default(),
             rough: rough > 0,
             cloned_in: is_clone.then_some(plain),

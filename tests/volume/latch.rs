@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::select;
+use vb_ublk::config::FlushTo;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::uring::{TokioTimer, UringDisk};
 use vb_ublk::disk::{Disk, IoBuf};
@@ -41,7 +42,15 @@ impl Disk for Failing {
 
 fn request(nonce: u64) -> Request {
     let writer = Writer { host: "here".into(), pid: 1, since: 1 };
-    Request { force: false, read_only: false, io_timeout: None, gc: Policy::off(), writer, nonce: Nonce(nonce) }
+    Request {
+        force: false,
+        read_only: false,
+        flush_to: FlushTo::Wal,
+        io_timeout: None,
+        gc: Policy::off(),
+        writer,
+        nonce: Nonce(nonce),
+    }
 }
 
 #[test]

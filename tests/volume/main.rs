@@ -1,6 +1,7 @@
 //! The volume over a real log file and a file store, without a frontend.
 
 mod at_once;
+mod barrier;
 mod cache;
 mod dependants;
 mod diff;
@@ -228,7 +229,7 @@ fn a_store_that_is_away_damages_nothing() {
     take_store_away(&bench);
     on_lane(host.volume(), async |e| e.write(Lba(0), buf_of(&[2; 512]), false).await.unwrap());
     let volume = host.volume().clone();
-    let drained = std::thread::spawn(move || block_on(volume.command(Command::Drain)));
+    let drained = std::thread::spawn(move || block_on(volume.command(Command::Barrier)));
     volume_support::pause(Duration::from_secs(2));
     assert!(!drained.is_finished());
     bring_store_back(&bench);

@@ -99,7 +99,7 @@ fn the_store_alone_holds_a_prefix_with_all_that_was_drained() {
             std::thread::spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
                     let n = completed.load(Ordering::SeqCst);
-                    if block_on(volume.command(Command::Drain)).is_err() {
+                    if block_on(volume.command(Command::Barrier)).is_err() {
                         return;
                     }
                     drained.store(n, Ordering::SeqCst);

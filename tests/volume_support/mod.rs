@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use vb_ublk::config::FlushTo;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::error::Result;
@@ -101,6 +102,7 @@ impl Bench {
             log_bytes: self.log_bytes,
             force: false,
             read_only: false,
+            flush_to: FlushTo::Wal,
             io_timeout: None,
             resume: false,
             accept_loss: false,
@@ -128,7 +130,7 @@ pub(crate) fn buf_of(bytes: &[u8]) -> IoBuf {
 
 /// Brings everything that is complete to the store.
 pub(crate) fn drain(volume: &Volume) {
-    block_on(volume.command(Command::Drain)).unwrap();
+    block_on(volume.command(Command::Barrier)).unwrap();
 }
 
 /// Fills whole blocks with a byte.

@@ -138,7 +138,7 @@ pub(crate) struct CloneArgs {
 }
 
 /// Where a volume's log is that is not attached.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct LogArgs {
     /// The folder of its write-ahead log, where it is not attached [default: as for `add`]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]

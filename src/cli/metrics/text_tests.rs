@@ -2,6 +2,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::cache::CacheStatus;
+use crate::config::FlushTo;
 use crate::frontend::nbd::ServerStatus;
 use crate::store::metrics::{OpCounts, Snapshot};
 use crate::volume::counts::{RequestCounts, Requests};
@@ -29,6 +30,7 @@ fn status() -> VolumeStatus {
         size_bytes: 1 << 30,
         logical_block: 512,
         read_only: false,
+        flush: FlushTo::Wal,
         confirmed: true,
         store_url: "memory:x".into(),
         log: LogStatus {

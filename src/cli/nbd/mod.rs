@@ -34,7 +34,7 @@ use super::protect;
 use super::settings::{LogPlace, Settings};
 use super::signals::Signals;
 use super::state::RunDir;
-use crate::config::VolumeName;
+use crate::config::{FlushTo, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::frontend::nbd::server::Server;
 use crate::frontend::nbd::{ServerSpec, Tls, tls};
@@ -71,6 +71,7 @@ struct Plan {
     wal_dir: PathBuf,
     wal_bytes: u64,
     cache: Option<CacheFolder>,
+    flush_to: FlushTo,
     io_timeout: Option<Duration>,
     metrics: Option<SocketAddr>,
     strict: bool,
@@ -103,6 +104,7 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         wal_dir: plan.wal_dir,
         wal_bytes: plan.wal_bytes,
         cache: plan.cache,
+        flush_to: plan.flush_to,
         io_timeout: plan.io_timeout,
         force: plan.force,
         accept_loss: plan.accept_loss,
@@ -251,6 +253,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
         wal_dir,
         wal_bytes,
         cache: cache_folder(args.cache.clone(), settings)?,
+        flush_to: args.flush.or(add.flush).unwrap_or_default(),
         io_timeout: limit(args.io_timeout.or(add.io_timeout)),
         metrics: args.metrics.or(add.metrics),
         strict: args.strict || add.strict,

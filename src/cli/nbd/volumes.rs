@@ -24,7 +24,7 @@ use super::super::place::{CacheFolder, wal_file};
 use super::super::state::{Held, RunDir, State};
 use super::listen::Uri;
 use super::registry::Attacher;
-use crate::config::VolumeName;
+use crate::config::{FlushTo, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::frontend::nbd::{ExportInfo, ServerStatus};
 use crate::lane::Lane;
@@ -42,6 +42,7 @@ pub(super) struct Volumes {
     pub(super) wal_dir: PathBuf,
     pub(super) wal_bytes: u64,
     pub(super) cache: Option<CacheFolder>,
+    pub(super) flush_to: FlushTo,
     pub(super) io_timeout: Option<Duration>,
     pub(super) force: bool,
     /// End damaged logs before their damage.
@@ -240,6 +241,7 @@ impl Volumes {
             log_bytes: self.wal_bytes,
             force: self.force,
             read_only: self.read_only,
+            flush_to: self.flush_to,
             io_timeout: self.io_timeout,
             resume: false,
             accept_loss: self.accept_loss,

@@ -13,6 +13,7 @@
 //! …, extended   4 magic 2 flags 2 kind 8 cookie 8 offset of the request 8 length  32 bytes
 //! ```
 
+pub mod client;
 mod numbers;
 
 pub use numbers::{export_flag, flag, info, option, reply};

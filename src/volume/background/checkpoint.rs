@@ -105,6 +105,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 self.checkpoint_group = group;
                 if released {
                     self.volume.set_gone("it was detached");
+                    // The manifest was this attachment's until now, and all is in the store.
+                    for reply in self.barriers.take() {
+                        let _ = reply.send(Ok(()));
+                    }
                     if let Some(reply) = self.detach.take() {
                         let _ = reply.send(Ok(()));
                     }

@@ -11,7 +11,7 @@ use crate::chunk::pack::{BuiltChunk, GroupTicket, Sources, build, key_of, map_ex
 use crate::disk::Disk;
 use crate::map::GroupUpdate;
 use crate::time::Timer;
-use crate::units::{ChunkNo, GroupNo, Seq};
+use crate::units::{ChunkNo, GroupNo};
 use crate::volume::throttle;
 use crate::wal::log::LogEntry;
 
@@ -55,8 +55,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let waiting = status.pending_bytes.saturating_sub(in_flight);
         let fill = self.fill(now);
         let usual = (status.capacity_bytes / GROUPS_IN_LOG).clamp(GROUP_BYTES_MIN, GROUP_BYTES);
-        let beyond = |seq: Seq| seq > self.cut;
-        let asked = self.drains.iter().any(|d| beyond(d.0)) || self.snapshots.iter().any(|s| beyond(s.after));
+        let asked = self.barriers.want_beyond(self.cut) || self.snapshots.iter().any(|s| s.after > self.cut);
         let wanted = self.detach.is_some() || asked;
         let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;
         let idle = self.cut_groups().next().is_none();

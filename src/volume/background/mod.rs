@@ -11,6 +11,7 @@
 //! - One task at a time owns the manifest, and one the superblock.
 //! - Once fenced, nothing is uploaded or published again.
 
+mod barrier;
 pub(super) mod checkpoint;
 mod gc;
 mod groups;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
 
+use barrier::Barriers;
 use gc::{Flatten, Gc, GcDone};
 use memory::{Memory, RESERVED_BODIES};
 use orders::{Reply, SnapshotOrder, lost};
@@ -89,6 +91,10 @@ pub(super) enum Event {
         replies: Vec<Reply>,
     },
     Polled(Result<()>),
+    /// The manifest was looked at for barriers.
+    Looked(Result<()>),
+    /// The log was synced, and who ordered it told.
+    Synced,
     /// The volume was to be made larger.
     Resized {
         published: Box<Published>,
@@ -204,7 +210,7 @@ pub struct Background<D: Disk, T: Timer> {
 
     /// Sizes that the volume is to have, in bytes.
     resizes: VecDeque<(u64, Reply)>,
-    drains: Vec<(Seq, Reply)>,
+    barriers: Barriers,
     detach: Option<Reply>,
     finished: bool,
 }
@@ -280,7 +286,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             gc,
             flatten: Flatten::default(),
             resizes: VecDeque::new(),
-            drains: Vec::new(),
+            barriers: Barriers::default(),
             detach: None,
             finished: false,
         }
@@ -379,7 +385,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.cut_group(now);
             self.start_uploads();
             self.retire_groups(now);
-            self.answer_drains();
+            self.pass_barriers();
             self.mark_packed();
             self.checkpoint_if_due();
             self.delete_snapshots();
@@ -411,6 +417,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
             Event::Published { published, done, replies } => self.publish_done(published, done, replies),
             Event::Polled(result) => self.polled(result),
+            Event::Looked(look) => self.barrier_looked(look),
+            Event::Synced => {}
             Event::Resized { published, sb, result, reply } => self.resized(published, sb, result, reply),
             Event::Grown { slot, result } => self.grown(slot, result),
             Event::Confirmed(Ok(holding)) => {

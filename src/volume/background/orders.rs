@@ -37,7 +37,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Some(Command::CollectGarbage(reply)) => self.gc.order(reply),
             Some(Command::Flatten(reply)) => self.flatten.order(reply),
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
-            Some(Command::Drain(reply)) => self.drains.push((self.volume.log.passed_seq(), reply)),
+            Some(Command::Barrier(reply)) => self.barriers.order(self.volume.log.passed_seq(), reply),
+            Some(Command::Sync(reply)) => self.sync_log(reply),
             Some(Command::Abandon) | None => {
                 self.volume.set_gone("it was abandoned");
                 self.volume.log.fail("the volume was abandoned");
@@ -105,7 +106,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     pub(super) fn refuse_orders(&mut self) {
-        for (_, reply) in self.drains.drain(..) {
+        // All there is of it is in the store.
+        for reply in self.barriers.take() {
             let _ = reply.send(Ok(()));
         }
         for reply in self.orders() {
@@ -116,22 +118,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     /// The volume is another's: whoever waits is told, and a detach only ends.
     pub(super) fn give_up(&mut self) {
-        let drains = self.drains.drain(..).map(|d| d.1);
-        for reply in drains.collect::<Vec<_>>().into_iter().chain(self.orders()) {
+        for reply in self.barriers.take().into_iter().chain(self.orders()) {
             let _ = reply.send(Err(lost(&self.volume)));
         }
         if let Some(reply) = self.detach.take() {
             let _ = reply.send(Err(lost(&self.volume)));
             self.finished = true;
-        }
-    }
-
-    pub(super) fn answer_drains(&mut self) {
-        let done = self.applied_seq;
-        let (ready, waiting) = self.drains.drain(..).partition(|(seq, _)| *seq <= done);
-        self.drains = waiting;
-        for (_, reply) in ready {
-            let _ = reply.send(Ok(()));
         }
     }
 }

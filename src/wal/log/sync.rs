@@ -63,6 +63,15 @@ impl SyncGate {
     }
 }
 
+/// The sync that runs, until it is dropped: also by whoever gives up half way, for those who wait behind it.
+struct Running<'a>(&'a SyncGate);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
 impl Log {
     /// What a flush that is issued now has to make durable.
     #[must_use]
@@ -82,7 +91,8 @@ impl Log {
         self.durable() > LogPos(self.carried.load(Ordering::Relaxed))
     }
 
-    /// Makes everything below `target` survive power loss. Waiters join only a sync that is not yet submitted.
+    /// Makes everything below `target` survive power loss. Waiters join only a sync that is not yet submitted. Dropped half way, nobody
+    /// hears whether the sync under way has failed: only for who answers nothing from then on.
     ///
     /// # Errors
     /// When the sync fails (which latches the log), or the log had failed.
@@ -95,6 +105,7 @@ impl Log {
                 return Err(Failed);
             }
             if self.gate.enter().await {
+                let running = Running(&self.gate);
                 let reached = self.frontier();
                 let result = disk.sync().await;
                 match &result {
@@ -104,7 +115,7 @@ impl Log {
                     }
                     Err(e) => self.sync_failed(e),
                 }
-                self.gate.leave();
+                drop(running);
                 if result.is_err() {
                     return Err(Failed);
                 }

@@ -99,6 +99,7 @@ impl Life {
         let request = Request {
             force: self.force,
             read_only: false,
+            flush_to: self.shared.flush_to,
             io_timeout: None,
             gc: self.shared.gc.clone(),
             writer: Writer { host: "sim".into(), pid: 1, since: 1 },
@@ -129,7 +130,11 @@ async fn early(life: &Life, lanes: &[Rc<Lane>], volume: &Volume) {
             if !volume.is_confirmed() {
                 shared.saw(|s| s.resumed += 1);
             }
-            let done = if shared.below(4) == 0 { shared.flush(lane).await } else { shared.write(lane).await };
+            let done = if shared.below(4) == 0 {
+                shared.flush(lane, life.me).await
+            } else {
+                shared.write(lane, life.me).await
+            };
             if let Err(e) = done {
                 assert!(shared.broken.get(), "nothing fails here, and this did: {e}");
                 return;

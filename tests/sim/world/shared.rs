@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join3;
+use vb_ublk::config::FlushTo;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::{ErrorKind, Result};
 use vb_ublk::gc::Policy;
@@ -42,6 +43,7 @@ pub(super) struct Shared {
     pub(super) broken: Cell<bool>,
     pub(super) seen: Cell<Seen>,
     pub(super) gc: Policy,
+    pub(super) flush_to: FlushTo,
     /// By name: what a snapshot has to hold, where it is known.
     pub(super) snapshots: RefCell<BTreeMap<String, Option<Vec<u64>>>>,
     /// The store may leave any call without an answer.
@@ -82,11 +84,12 @@ impl Shared {
         self.busy.borrow_mut().retain(|r| r.number != range.number);
     }
 
-    pub(super) async fn write(&self, lane: &Lane) -> Outcome<()> {
+    pub(super) async fn write(&self, lane: &Lane, me: u32) -> Outcome<()> {
         let Some(range) = self.range() else { return Ok(()) };
         let Range { lba, sectors, .. } = range;
         let (kind, fua) = (self.below(6), self.below(6) == 0);
         let kind = if self.oracle.borrow().in_doubt(lba, sectors) { kind.max(2) } else { kind };
+        let before = if fua { self.oracle.borrow().completed() } else { Vec::new() };
         let id = self.oracle.borrow_mut().issue(lba, sectors, kind < 2);
         match kind {
             0 => lane.discard(Lba(lba), sectors, fua).await?,
@@ -94,6 +97,10 @@ impl Shared {
             _ => self.write_stamped(lane, id, lba, sectors, fua).await?,
         }
         self.oracle.borrow_mut().complete(id, fua);
+        if fua {
+            self.flushed(&before, me);
+            self.flushed(&[id], me);
+        }
         self.release(range);
         Ok(())
     }
@@ -123,6 +130,9 @@ impl Shared {
         let write = async {
             self.write_stamped(lane, first, one.0, one.1, fua[0]).await?;
             self.oracle.borrow_mut().complete(first, fua[0]);
+            if fua[0] {
+                self.flushed(&[first], me);
+            }
             Ok(())
         };
         let over = async {
@@ -132,6 +142,9 @@ impl Shared {
                 self.write_stamped(other, second, two.0, two.1, fua[1]).await?;
             }
             self.oracle.borrow_mut().complete(second, fua[1]);
+            if fua[1] {
+                self.flushed(&[second], me);
+            }
             Ok(())
         };
         let look = async {
@@ -175,24 +188,38 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) async fn flush(&self, lane: &Lane) -> Outcome<()> {
+    pub(super) async fn flush(&self, lane: &Lane, me: u32) -> Outcome<()> {
         let covered = self.oracle.borrow().completed();
         lane.flush().await?;
         self.oracle.borrow_mut().mark(&covered, |w| w.durable = true);
+        self.flushed(&covered, me);
         Ok(())
     }
 
-    pub(super) async fn drain(&self, volume: &Volume, me: u32) -> Outcome<()> {
+    /// A flush, or a write with FUA, has been answered.
+    fn flushed(&self, covered: &[usize], me: u32) {
+        if self.flush_to == FlushTo::Store {
+            self.in_store(covered, me);
+        }
+    }
+
+    pub(super) async fn barrier(&self, volume: &Volume, me: u32) -> Outcome<()> {
         let covered = self.oracle.borrow().completed();
-        if volume.command(Command::Drain).await.is_err() {
+        if volume.command(Command::Barrier).await.is_err() {
             return Err(IoFault::Gone);
         }
-        // While another host takes over, what this one uploads may come too late, and it does not know yet.
-        if self.owner.get() == Some(me) {
-            self.oracle.borrow_mut().mark(&covered, |w| w.drained = true);
-            self.saw(|s| s.drained += 1);
-        }
+        self.in_store(&covered, me);
         Ok(())
+    }
+
+    /// A barrier has been passed. While another host takes over, too: what it promised before it knew has to be found.
+    fn in_store(&self, covered: &[usize], me: u32) {
+        let owner = self.owner.get();
+        if owner.is_none_or(|o| o == me) {
+            self.oracle.borrow_mut().mark(covered, |w| w.drained = true);
+            self.saw(|s| s.drained += 1);
+            self.saw(|s| s.promised += u64::from(owner.is_none()));
+        }
     }
 
     /// Has the clone stand alone. Its parent is deleted at once then.
@@ -274,17 +301,17 @@ impl Shared {
                 continue;
             }
             let done = match self.below(32) {
-                0 => self.drain(volume, me).await,
+                0 => self.barrier(volume, me).await,
                 1 => {
                     clock.sleep(Duration::from_millis(self.below(8000))).await;
                     Ok(())
                 }
-                2..4 => self.flush(lane).await,
+                2..4 => self.flush(lane, me).await,
                 4..12 => self.read(lane, me).await,
                 12..16 if life.load.overlaps && self.owner.get() == Some(me) => {
                     self.write_twice(lane, &lanes[(at + 1) % lanes.len()], me).await
                 }
-                _ => self.write(lane).await,
+                _ => self.write(lane, me).await,
             };
             if let Err(e) = done {
                 let may = self.broken.get() || self.owner.get() != Some(me);
