@@ -308,9 +308,9 @@ fn flushes_and_barriers_go_as_far_as_they_are_told_to() {
 
     let server = serve("wal");
     qemu_io("v", &["read -P 7 0 64k", "read -P 8 1M 64k", "read -P 9 2M 64k", "write -P 5 3M 64k"]);
-    let out = ask(&["barrier", "v"]);
+    let out = ask(&["barrier", "v", "--to", "wal"]);
     assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("loss of power"), "{out:?}");
-    let out = ask(&["barrier", "v", "--store", "--json"]);
+    let out = ask(&["barrier", "v", "--json"]);
     assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("\"to\": \"store\""), "{out:?}");
     assert!(failed(&ask(&["barrier", "w"]), 1).contains("not attached on this host"));
     assert!(failed(&ask(&["barrier", "v@s"]), 2).contains("name a volume"));
@@ -342,8 +342,10 @@ fn benchmarks_measure_and_check_what_they_are_pointed_at() {
     }
     assert!(m["verified_bytes"].as_u64() > Some(0) && m["intervals"].as_array().map(Vec::len) > Some(2), "{m}");
     assert!(m["uploaded_seconds"].as_f64() > Some(0.0), "{m}");
-    let left = |folder: &str| std::fs::read_dir(b.path(folder)).expect("folder").count();
-    assert_eq!((left("data/store"), left("data/wal")), (0, 0));
+    let mut list = Command::new(env!("CARGO_BIN_EXE_vb-ublk"));
+    b.surround(list.args(["volume", "list", "--json"]));
+    assert_eq!(list.output().expect("start").stdout.trim_ascii(), b"[]");
+    assert_eq!(std::fs::read_dir(b.path("data/wal")).expect("folder").count(), 0);
 
     let (socket, disk) = (b.path("nbd.sock"), b.path("disk"));
     let mut server = Running::of(&mut b.nbd(&["--unix", &socket, "--create-size", "64M", "--workers", "2"]));
@@ -380,7 +382,7 @@ fn benchmarks_measure_and_check_what_they_are_pointed_at() {
     });
     assert!(failed(&out, 1).contains("at byte 102400 are not what was written"), "{out:?}");
     assert!(failed(&bench(&["--nbd", "nbds://h/v"]), 2).contains("TLS"));
-    assert!(failed(&bench(&["--nbd", &uri.replace("/v?", "/../x?")]), 1).contains("../x"));
+    assert!(failed(&bench(&["--nbd", &uri.replace("/v?", "/../x?"), "--rw", "read"]), 1).contains("../x"));
     server.signal(Signal::SIGTERM);
     assert_eq!(server.end().0, Some(0));
 }

@@ -16,6 +16,7 @@ pub mod ahead;
 mod counts;
 pub mod fetch;
 pub mod slot;
+pub mod trace;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -109,8 +109,8 @@ pub(crate) enum Command {
     Gc(GcArgs),
     /// Have what a volume attached on this host was written so far survive more than it does by itself
     ///
-    /// It ends when all that had completed is in the local log and survives the loss of power; with --store, when the store has it, too,
-    /// and it survives the loss of this host. What a file system still has in memory, `sync` writes.
+    /// It ends when the store has all that had completed, so that it survives the loss of this host; with --to wal, when it survives the loss
+    /// of power. What a file system still has in memory, `sync` writes.
     Barrier(BarrierArgs),
     /// Make a new volume from a disk image: a file, a block device or a pipe
     ///
@@ -322,9 +322,9 @@ impl TlsMode {
 pub(crate) struct BarrierArgs {
     /// The volume
     pub(crate) volume: VolumeName,
-    /// As far as the store
-    #[arg(long)]
-    pub(crate) store: bool,
+    /// How far: to the local log, for the loss of power, or to the store, for the loss of this host
+    #[arg(long, value_name = "wal|store", default_value = "store")]
+    pub(crate) to: FlushTo,
     #[command(flatten)]
     pub(crate) json: JsonArg,
 }

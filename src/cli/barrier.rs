@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) fn run(settings: &Settings, args: &BarrierArgs) -> Result<()> {
     let volume = &args.volume;
     whole(volume)?;
-    let to = if args.store { FlushTo::Store } else { FlushTo::Wal };
+    let to = args.to;
     let begun = Instant::now();
     if !ordered(settings, volume, &Order::Barrier { to })? {
         let what = format!(

@@ -73,6 +73,13 @@ pub(super) enum Order {
     CollectGarbage,
     /// Copy what a clone needs of its parents.
     Flatten,
+    /// Keep what was read first as the boot trace of a snapshot.
+    KeepTrace {
+        /// The snapshot's volume.
+        volume: String,
+        /// Its name.
+        snapshot: String,
+    },
     /// Have what has completed survive the loss of power, or of this host.
     Barrier {
         /// How far it goes.

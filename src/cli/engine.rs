@@ -291,6 +291,7 @@ impl View {
             Order::Grow { size_bytes } => Command::Grow { size_bytes, reply },
             Order::CollectGarbage => Command::CollectGarbage(reply),
             Order::Flatten => Command::Flatten(reply),
+            Order::KeepTrace { volume, snapshot } => Command::KeepTrace { volume, snapshot, reply },
             Order::Barrier { to: FlushTo::Wal } => Command::Sync(reply),
             Order::Barrier { to: FlushTo::Store } => Command::Barrier(reply),
             Order::DeleteSnapshot { name } => Command::DeleteSnapshot { name, reply },

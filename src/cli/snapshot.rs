@@ -51,6 +51,24 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
                 if json.json { diff_json(volume, states, diff) } else { diff_text(diff) }
             })
         }
+        SnapshotCommand::Record { snapshot: of, clone, json } => {
+            let (volume, Some(snapshot)) = of.parts() else {
+                let what = format!("{of} is a volume, not a snapshot: name VOLUME@SNAPSHOT");
+                return Err(Error::new(ErrorKind::Usage, what));
+            };
+            let booted = clone.as_ref().unwrap_or(of);
+            let order = Order::KeepTrace { volume: volume.to_owned(), snapshot: snapshot.to_owned() };
+            if !ordered(settings, booted, &order)? {
+                let what = format!(
+                    "{booted} is not attached on this host: attach a clone of {of}, boot from it, and name it here while it is attached"
+                );
+                return Err(Error::new(ErrorKind::NotFound, what));
+            }
+            if json.json {
+                return print_json(&json!({ "volume": volume, "snapshot": snapshot, "recorded": booted }));
+            }
+            print(&format!("what {booted} has read first is fetched ahead by those that boot from {of} from now on\n"))
+        }
         SnapshotCommand::Delete { volume, name, json } => {
             whole(volume)?;
             if !ordered(settings, volume, &Order::DeleteSnapshot { name: name.clone() })? {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::background::{Attachment, Background, Holding};
+use super::boot::BootOf;
 use super::recover::checkpoint_end;
 use super::start::{Place, prepare_slots, start_log};
 use super::take::{By, LogSays, look, take};
@@ -161,6 +162,9 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     };
     let mut attached = Attached::new(parts, stores.background, disk, timer);
     attached.reader.keys().set(&published.manifest);
+    if let Some(of) = BootOf::clone_of(&published.manifest) {
+        attached.volume.set_boot(of);
+    }
     let full_image = taken.full_image();
     attached.background.take_up(Holding { published, superblock: sb, end: taken.end, full_image });
     Ok(attached)

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::Parts;
 use super::attach::{Attached, Stores};
+use super::boot::BootOf;
 use super::start::{Place, start_log};
 use crate::config::FlushTo;
 use crate::disk::file::DataFile;
@@ -36,7 +37,9 @@ pub(super) async fn open(
 ) -> Result<Attached<UringDisk, TokioTimer>> {
     let store: &dyn Store = &*stores.attach;
     let published = Published::load(store, volume).await?;
-    let m = published.manifest.at_snapshot(published.manifest.snapshot(snapshot)?);
+    let entry = published.manifest.snapshot(snapshot)?;
+    let of = BootOf::snapshot(&published.manifest, entry);
+    let m = published.manifest.at_snapshot(entry);
     let images = load_images(store, &m).await?;
     let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
     maps.load_base(&images.current);
@@ -79,6 +82,7 @@ pub(super) async fn open(
     };
     let mut attached = Attached::new(parts, stores.background, disk, TokioTimer);
     attached.reader.keys().set(&m);
+    attached.volume.set_boot(of);
     attached.background.serve_fixed();
     Ok(attached)
 }

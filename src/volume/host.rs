@@ -16,7 +16,7 @@ use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
-use super::{Command, ReadRequest, Volume, Waiting, admin, fixed};
+use super::{Command, ReadRequest, Volume, Waiting, admin, boot, fixed};
 use crate::cache::fetch::{Fetched, Fetcher};
 use crate::cache::{self, Cache};
 use crate::config::FlushTo;
@@ -27,6 +27,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc;
 use crate::manifest::{Published, Writer};
 use crate::map::Location;
+use crate::store::Store;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
@@ -150,16 +151,18 @@ impl Host {
                     let store = Lazy::new(for_reads.store_url, for_reads.store_options);
                     let store = Arc::new(Metrics::new(Arc::new(store)));
                     served.count_store(store.clone());
-                    let reader = reader.over(Arc::new(Retry::new(store, Policy::serving())));
+                    let store: Arc<dyn Store> = Arc::new(Retry::new(store, Policy::serving()));
+                    let reader = reader.over(store.clone());
                     let cache = cache.and_then(|c| Some((c.clone(), disk_of(c.file()).ok()?)));
-                    let restored = async {
+                    let fetcher = Fetcher::new(reader.clone(), cache.clone());
+                    let filled = async {
                         let Some((cache, disk)) = &cache else { return };
                         if served.until_confirmed().await.is_ok() {
                             cache.restore(disk, reader.keys(), || served.is_gone()).await;
+                            boot::prefetch(&served, &*store, &fetcher).await;
                         }
                     };
-                    let fetcher = Fetcher::new(reader.clone(), cache.clone());
-                    let work = futures_util::future::join(serve_reads(reads, fetcher, served.until_gone()), restored);
+                    let work = futures_util::future::join(serve_reads(reads, &fetcher, served.until_gone()), filled);
                     // Of the store's answers none is waited for; what is under way on the cache's disk has a moment.
                     let late = async {
                         served.until_gone().await;
@@ -229,7 +232,7 @@ fn step_back() {
 /// ahead: of both no more than so much is under way, and what does not fit in is left out.
 pub async fn serve_reads<D: Disk>(
     mut requests: mpsc::Receiver<ReadRequest>,
-    fetcher: Fetcher<D>,
+    fetcher: &Fetcher<D>,
     gone: impl Future<Output = ()>,
 ) {
     let mut gone = std::pin::pin!(gone);
@@ -255,7 +258,7 @@ pub async fn serve_reads<D: Disk>(
             request = requests.recv(), if running.len() < MAX_READS => {
                 let Some(ReadRequest { at, blocks, waiting }) = request else { break };
                 if let Some(waiting) = waiting {
-                    running.push(serve_read(&fetcher, at, blocks, waiting));
+                    running.push(serve_read(fetcher, at, blocks, waiting));
                 } else if ahead.len() < MAX_AHEAD_WAITING {
                     ahead.push_back((at, blocks));
                 }

@@ -59,7 +59,7 @@ pub struct VolumeLane<D: Disk, T: Timer> {
 struct Pinner<'a>(&'a Log);
 
 /// For lookups that look at kinds alone: nothing is read, so nothing has to stay.
-struct Unpinned;
+pub(super) struct Unpinned;
 
 impl PinLog for Unpinned {
     fn pin(&self, _: LogBlock) {}
@@ -374,15 +374,18 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
             return;
         }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
-        self.volume.maps.lookup(Lba(sectors.start), end - sectors.start, &Unpinned, &mut pieces);
-        for p in pieces.drain(..) {
-            let Source::Chunk(at) = p.what else { continue };
-            let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
-            for run in cache.missing(at, blocks) {
-                self.volume.fetch_ahead(at.plus(run.start), run.end - run.start);
-            }
-        }
+        let (lba, sectors) = (Lba(sectors.start), end - sectors.start);
+        self.volume.not_here(cache, lba, sectors, &mut pieces, |at, blocks| self.volume.fetch_ahead(at, blocks));
         self.spare.borrow_mut().push(pieces);
+    }
+
+    /// While the volume boots, what it reads of the snapshot that it began from is remembered.
+    fn record(&self, pieces: &[Piece]) {
+        let Some(boot) = self.volume.boot().filter(|b| b.recorder.is_on()) else { return };
+        let now = self.timer.now();
+        for p in pieces.iter().filter(|p| matches!(p.what, Source::Chunk(_))) {
+            boot.recorder.read(p.lba.0..p.lba.0 + u64::from(p.sectors), now);
+        }
     }
 
     async fn read_range(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
@@ -399,6 +402,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
         self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
+        self.record(&pieces);
         let result = self.pieces(lba, &pieces, &dst).await;
         pieces.clear();
         self.spare.borrow_mut().push(pieces);

@@ -13,6 +13,7 @@
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
 //! - [`resize`]: a volume made larger or smaller.
 //! - [`snapshots`]: snapshots and clones; `fixed`: a snapshot that is served.
+//! - `boot`: what a boot reads first, kept beside its snapshot and fetched ahead by later ones.
 //! - [`rebuild`]: map and manifest made anew from the chunks.
 //! - [`import`]: a new volume from an image; [`export`]: a volume, or any base map, written to one.
 //! - [`diff`]: what has changed between two snapshots; [`increment`]: that alone, written to an image.
@@ -26,6 +27,7 @@
 pub mod admin;
 pub mod attach;
 pub mod background;
+mod boot;
 pub mod counts;
 pub mod damage;
 pub mod diff;
@@ -57,15 +59,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::cache::Cache;
+use crate::cache::trace::Recorder;
 use crate::chunk::reader::Blocks;
 use crate::config::FlushTo;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Policy;
-use crate::map::{Location, Maps};
+use crate::map::{Location, Maps, Piece, Source};
 use crate::store::metrics::{Metrics, Snapshot};
-use crate::units::{BlockNo, SECTOR};
+use crate::units::{BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
 use crate::wal::log::Log;
+use boot::{Boot, BootOf};
 use counts::{LaneCounter, LaneCounts};
 use engine::IoFault;
 use throttle::Throttle;
@@ -128,6 +132,15 @@ pub enum Command {
     },
     /// Bring back the space of all that was overwritten or discarded. Answered when there is none left.
     CollectGarbage(oneshot::Sender<Result<()>>),
+    /// Keep what was read first, since the attach, as the boot trace of the snapshot that the volume began from.
+    KeepTrace {
+        /// That snapshot's volume.
+        volume: String,
+        /// Its name.
+        snapshot: String,
+        /// The answer.
+        reply: oneshot::Sender<Result<()>>,
+    },
     /// Copy all that a clone needs of its parents, and cut the tie. Answered when they may be deleted.
     Flatten(oneshot::Sender<Result<()>>),
     /// Delete a snapshot, unless a clone needs it.
@@ -169,6 +182,7 @@ pub struct Volume {
     /// Those of each store thread's client.
     store_metrics: Mutex<Vec<Arc<Metrics>>>,
     cache: OnceLock<Arc<Cache>>,
+    boot: OnceLock<Boot>,
 }
 
 /// What a volume is made of.
@@ -232,6 +246,7 @@ impl Volume {
             counts: LaneCounts::default(),
             store_metrics: Mutex::default(),
             cache: OnceLock::new(),
+            boot: OnceLock::new(),
         };
         (Arc::new(volume), reads_out, commands_out)
     }
@@ -282,6 +297,35 @@ impl Volume {
     /// Gives it a cache: once, before the first lane.
     pub(crate) fn set_cache(&self, cache: Arc<Cache>) {
         let _ = self.cache.set(cache);
+    }
+
+    /// The boot that begins with this attachment, if it begins from a snapshot.
+    fn boot(&self) -> Option<&Boot> {
+        self.boot.get()
+    }
+
+    /// It begins from a snapshot: once, before the first lane.
+    fn set_boot(&self, of: BootOf) {
+        let _ = self.boot.set(Boot { of, recorder: Recorder::default() });
+    }
+
+    /// What of these sectors is in chunks, and not in the cache.
+    fn not_here(
+        &self,
+        cache: &Cache,
+        lba: Lba,
+        sectors: u64,
+        pieces: &mut Vec<Piece>,
+        mut tell: impl FnMut(Location, u16),
+    ) {
+        self.maps.lookup(lba, sectors, &lane::Unpinned, pieces);
+        for p in pieces.drain(..) {
+            let Source::Chunk(at) = p.what else { continue };
+            let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
+            for run in cache.missing(at, blocks) {
+                tell(at.plus(run.start), run.end - run.start);
+            }
+        }
     }
 
     /// Whether the base is known.

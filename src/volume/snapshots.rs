@@ -18,6 +18,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::admin::nothing_there;
+use crate::cache::trace::trace_key;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::sweep::keep_copy;
 use crate::manifest::images::load_checkpoint;
@@ -91,6 +92,7 @@ pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: 
             Ok(())
         })
         .await?;
+    store.delete(&trace_key(&volume, id)).await?;
     // Whoever put one of these finds the snapshot gone.
     forget_refs(store, &volume, id).await
 }

@@ -2,6 +2,7 @@
 
 mod at_once;
 mod barrier;
+mod boot;
 mod cache;
 mod dependants;
 mod diff;

@@ -112,6 +112,19 @@ pub(crate) enum SnapshotCommand {
         #[command(flatten)]
         json: JsonArg,
     },
+    /// Keep what a boot from a snapshot reads first: later ones fetch that ahead, in that order
+    ///
+    /// What counts is what was read in the first five minutes since the attach, up to 2 GiB. Whoever attaches a clone of the snapshot, or the
+    /// snapshot itself, and has a local cache, fetches it from then on.
+    Record {
+        /// VOLUME@SNAPSHOT
+        #[arg(value_name = "VOLUME@SNAPSHOT")]
+        snapshot: VolumeName,
+        /// The clone of it that has booted, attached on this host [default: the snapshot itself, attached on this host]
+        clone: Option<VolumeName>,
+        #[command(flatten)]
+        json: JsonArg,
+    },
     /// Delete a snapshot; refused while a clone needs it
     Delete {
         /// The volume

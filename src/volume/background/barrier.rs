@@ -102,7 +102,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                 Error::new(ErrorKind::Io, format!("syncing the log of volume {name:?} failed: {why}"))
             };
             let _ = reply.send(synced.map_err(failed));
-            Event::Synced
+            Event::Answered
         });
     }
 }

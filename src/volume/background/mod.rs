@@ -93,8 +93,8 @@ pub(super) enum Event {
     Polled(Result<()>),
     /// The manifest was looked at for barriers.
     Looked(Result<()>),
-    /// The log was synced, and who ordered it told.
-    Synced,
+    /// Something that changes nothing here has ended, and who ordered it was told.
+    Answered,
     /// The volume was to be made larger.
     Resized {
         published: Box<Published>,
@@ -418,7 +418,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Event::Published { published, done, replies } => self.publish_done(published, done, replies),
             Event::Polled(result) => self.polled(result),
             Event::Looked(look) => self.barrier_looked(look),
-            Event::Synced => {}
+            Event::Answered => {}
             Event::Resized { published, sb, result, reply } => self.resized(published, sb, result, reply),
             Event::Grown { slot, result } => self.grown(slot, result),
             Event::Confirmed(Ok(holding)) => {

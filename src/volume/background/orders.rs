@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{By, Manifest};
 use crate::time::Timer;
 use crate::units::Seq;
+use crate::volume::boot::keep_trace;
 use crate::volume::snapshots::{self, Wanted};
 use crate::volume::{Command, Volume};
 
@@ -39,6 +40,13 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Barrier(reply)) => self.barriers.order(self.volume.log.passed_seq(), reply),
             Some(Command::Sync(reply)) => self.sync_log(reply),
+            Some(Command::KeepTrace { volume, snapshot, reply }) => {
+                let (of, store) = (self.volume.clone(), self.store.clone());
+                self.spawn(async move {
+                    let _ = reply.send(keep_trace(&of, &*store, (&volume, &snapshot)).await);
+                    Event::Answered
+                });
+            }
             Some(Command::Abandon) | None => {
                 self.volume.set_gone("it was abandoned");
                 self.volume.log.fail("the volume was abandoned");

@@ -69,7 +69,8 @@ impl Life {
     /// As often as it takes: what a dead process has sent may land at any time and look like another host.
     async fn attach(&self) -> Attached<SimDisk, SimClock> {
         let (mut races, mut silences) = (0, 0);
-        while races < 20 && silences < 30 {
+        // One chunk's header after the other is asked for, and any may go without an answer.
+        while races < 20 && silences < 300 {
             match self.try_attach().await {
                 // Who attaches tries again, as a person or systemd does.
                 Err(e) if self.shared.rough && e.kind().is_transient() => {
@@ -152,7 +153,9 @@ pub(super) async fn live(life: Life) {
         Some(store) => reader.over(store.clone()),
         None => reader,
     };
-    life.spawner.spawn(serve_reads(reads, Fetcher::<SimDisk>::new(reader, None), std::future::pending()));
+    life.spawner.spawn(async move {
+        serve_reads(reads, &Fetcher::<SimDisk>::new(reader, None), std::future::pending()).await;
+    });
     life.spawner.spawn(keep_log(volume.clone(), life.disk.clone(), life.clock.clone()));
     let lanes: Vec<Rc<Lane>> = (0..life.load.lanes).map(|_| life.lane(&volume)).collect();
     // What is asked for from now on is not what was found, though it is seen when that is judged.
