@@ -9,7 +9,7 @@
 #   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60), from seeds that the real encoders make; bounded memory
-#   make bench   benchmarks
+#   make bench   benchmarks: the maps, NBD beside other servers, the way to S3, images, snapshots, and ublk in the guest
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
 #   make deny    licenses, sources, and the advisory database (wants a network)
 
@@ -75,6 +75,9 @@ demo: build
 bench: build
 	$(CARGO) bench --locked
 	scripts/bench/nbd
+	scripts/bench/s3
+	scripts/bench/import
+	scripts/bench/snapshot
 	scripts/bench/guest
 
 lint: setup-build setup-lint

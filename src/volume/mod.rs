@@ -111,6 +111,8 @@ pub enum Command {
     /// Upload everything that is complete now. Answered when it is in the store, and the manifest, looked at after that, still names
     /// this attachment: whoever attaches the volume next finds it, wherever that is.
     Barrier(oneshot::Sender<Result<()>>),
+    /// Upload everything that is complete now. That says nothing of whose the volume is then: a barrier does.
+    Upload(oneshot::Sender<Result<()>>),
     /// Make everything that is complete now survive power loss here.
     Sync(oneshot::Sender<Result<()>>),
     /// Keep the volume as it is now, or a little later, under a name: every write that has completed is in it. Answered when it is in

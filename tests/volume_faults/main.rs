@@ -24,6 +24,7 @@ use vb_ublk::store::fault::{Fault, FaultStore};
 use vb_ublk::store::memory::MemoryStore;
 use vb_ublk::store::{Op, StoreUrl};
 use vb_ublk::units::{Lba, Nonce, SECTOR};
+use vb_ublk::volume::Command;
 use vb_ublk::volume::admin::{self, CreateOptions};
 use vb_ublk::volume::engine::Engine;
 use vb_ublk::volume::host::{AttachOptions, Host};
@@ -97,7 +98,7 @@ fn what_a_fenced_host_still_uploads_never_shows() {
     let bench = Bench::new(1 << 20);
     let old = bench.attach().unwrap();
     on_lane(old.volume(), async |e| put(&e, 0, 4, 1).await);
-    drain(old.volume());
+    block_on(old.volume().command(Command::Upload)).unwrap();
     let other = |n: u32| AttachOptions {
         force: true,
         log_path: bench.dir.path().join(format!("other-{n}/vol.wal")),
@@ -108,14 +109,14 @@ fn what_a_fenced_host_still_uploads_never_shows() {
     let mut expect = [1, 1, 1, 1, 0, 0, 0, 0];
     for round in 0..3u8 {
         on_lane(old.volume(), async |e| put(&e, 2, 6, 100 + round).await);
-        drain(old.volume());
+        block_on(old.volume().command(Command::Upload)).unwrap();
         if round > 0 {
             on_lane(new.volume(), async |e| put(&e, u64::from(round), 1, 10 + round).await);
             drain(new.volume());
             expect[usize::from(round)] = 10 + round;
         }
         on_lane(old.volume(), async |e| put(&e, 0, 8, 200 + round).await);
-        drain(old.volume());
+        block_on(old.volume().command(Command::Upload)).unwrap();
     }
     new.abandon().unwrap();
     let host = Host::attach(other(2)).unwrap();

@@ -1,5 +1,7 @@
 //! What a fenced host has left behind beside the new one's: its late groups never count.
 
+use vb_ublk::volume::Command;
+
 use super::*;
 
 /// An old host that goes on uploading after a new one has taken over by force: what each leaves, and the new one's log.
@@ -7,13 +9,13 @@ fn zombies(new_uploads: bool) -> (Bench, PathBuf, Vec<u8>) {
     let bench = Bench::new(MIB);
     let old = bench.attach().unwrap();
     on_lane(old.volume(), async |e| put(&e, 0, 4, 1).await);
-    drain(old.volume());
+    block_on(old.volume().command(Command::Upload)).unwrap();
     let log_path = bench.dir.path().join("other/vol.wal");
     let new = Host::attach(AttachOptions { force: true, log_path: log_path.clone(), ..bench.options() }).unwrap();
     let mut expect = vec![1, 1, 1, 1, 0, 0, 0, 0];
     for round in 0..3u8 {
         on_lane(old.volume(), async |e| put(&e, 2, 6, 100 + round).await);
-        drain(old.volume());
+        block_on(old.volume().command(Command::Upload)).unwrap();
         if round > 0 {
             on_lane(new.volume(), async |e| put(&e, u64::from(round), 1, 10 + round).await);
             if new_uploads {
@@ -22,7 +24,7 @@ fn zombies(new_uploads: bool) -> (Bench, PathBuf, Vec<u8>) {
             expect[usize::from(round)] = 10 + round;
         }
         on_lane(old.volume(), async |e| put(&e, 0, 8, 200 + round).await);
-        drain(old.volume());
+        block_on(old.volume().command(Command::Upload)).unwrap();
     }
     new.abandon().unwrap();
     old.abandon().unwrap();

@@ -20,6 +20,8 @@ use crate::units::Seq;
 pub(super) struct Barriers {
     /// Each with the last entry that had completed when it was asked for.
     waiting: Vec<(Seq, Reply)>,
+    /// Who waits for the chunks alone, in the same way.
+    uploads: Vec<(Seq, Reply)>,
     /// Those for whom the manifest is being looked at.
     looking: Option<Vec<Reply>>,
 }
@@ -29,25 +31,32 @@ impl Barriers {
         self.waiting.push((after, reply));
     }
 
+    pub(super) fn order_upload(&mut self, after: Seq, reply: Reply) {
+        self.uploads.push((after, reply));
+    }
+
     /// Whether one waits for entries beyond `seq`.
     pub(super) fn want_beyond(&self, seq: Seq) -> bool {
-        self.waiting.iter().any(|(after, _)| *after > seq)
+        self.waiting.iter().chain(&self.uploads).any(|(after, _)| *after > seq)
     }
 
     /// All who wait.
     pub(super) fn take(&mut self) -> Vec<Reply> {
         let looking = self.looking.as_mut().map(std::mem::take).unwrap_or_default();
-        self.waiting.drain(..).map(|(_, reply)| reply).chain(looking).collect()
+        self.waiting.drain(..).chain(self.uploads.drain(..)).map(|(_, reply)| reply).chain(looking).collect()
     }
 }
 
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
     /// Looks at the manifest for those whose chunks are in the store.
     pub(super) fn pass_barriers(&mut self) {
+        let applied = self.applied_seq;
+        for (_, reply) in self.barriers.uploads.extract_if(.., |(after, _)| *after <= applied) {
+            let _ = reply.send(Ok(()));
+        }
         if self.barriers.looking.is_some() {
             return;
         }
-        let applied = self.applied_seq;
         // Some have given up: they may wait no longer than the user allows.
         self.barriers.waiting.retain(|(_, reply)| !reply.is_closed());
         let (ready, later) = self.barriers.waiting.drain(..).partition::<Vec<_>, _>(|(after, _)| *after <= applied);

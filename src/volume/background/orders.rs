@@ -39,6 +39,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             Some(Command::Flatten(reply)) => self.flatten.order(reply),
             Some(Command::DeleteSnapshot { name, reply }) => self.deletions.push_back((name, reply)),
             Some(Command::Barrier(reply)) => self.barriers.order(self.volume.log.passed_seq(), reply),
+            Some(Command::Upload(reply)) => self.barriers.order_upload(self.volume.log.passed_seq(), reply),
             Some(Command::Sync(reply)) => self.sync_log(reply),
             Some(Command::KeepTrace { volume, snapshot, reply }) => {
                 let (of, store) = (self.volume.clone(), self.store.clone());
