@@ -372,6 +372,31 @@ pub fn run_here<E: Target>(
     stop: Arc<AtomicBool>,
     engine: impl FnOnce(&Lane) -> Result<Rc<E>>,
 ) -> Result<Figures> {
+    let mut ending = Ending { stop: Arc::clone(&stop), failed: true };
+    let figures = run_on_a_lane(work, stop, engine);
+    ending.failed = figures.is_err();
+    figures
+}
+
+/// What ends all jobs when one has failed, or panicked.
+struct Ending {
+    stop: Arc<AtomicBool>,
+    failed: bool,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if self.failed {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn run_on_a_lane<E: Target>(
+    work: Workload,
+    stop: Arc<AtomicBool>,
+    engine: impl FnOnce(&Lane) -> Result<Rc<E>>,
+) -> Result<Figures> {
     let starting = || "starting a lane for the benchmark";
     let ring = crate::lane::OwnRing::new(RING_ENTRIES, crate::lane::RingMode::default()).context(starting)?;
     let lane = Lane::new(ring).context(starting)?;
@@ -383,13 +408,9 @@ pub fn run_here<E: Target>(
         }
     };
     let mut driver = Sealer(engine.clone());
-    let figures = lane.run_with(&mut driver, run(&lane, engine, work, Arc::clone(&stop)));
-    let figures = figures.context(|| "running a lane").and_then(|figures| figures);
-    if figures.is_err() {
-        stop.store(true, Ordering::Relaxed);
-    }
+    let figures = lane.run_with(&mut driver, run(&lane, engine, work, stop)).context(|| "running a lane");
     lane.shutdown(&mut driver).context(|| "ending a lane")?;
-    figures
+    figures?
 }
 
 /// Entries of a lane's submission queue; what is more waits for the next pass.

@@ -5,7 +5,7 @@
 //!   it is in the cache.
 //! - An answer does not wait for the cache.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -35,6 +35,8 @@ pub struct Fetcher<D> {
     reader: ChunkReader,
     cache: Option<(Arc<Cache>, D)>,
     under_way: RefCell<Vec<OnItsWay>>,
+    /// Who waits for an answer.
+    waiting: Cell<usize>,
 }
 
 /// What has been fetched and is to be kept; whoever asks for it meanwhile is answered from it.
@@ -43,11 +45,27 @@ pub struct Fetched {
     flight: Flight,
 }
 
+/// One who waits, for as long as it lives.
+struct Waits<'a>(&'a Cell<usize>);
+
+impl<'a> Waits<'a> {
+    fn new(all: &'a Cell<usize>) -> Self {
+        all.set(all.get() + 1);
+        Self(all)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
 impl<D: Disk> Fetcher<D> {
     /// One that fetches what it is asked for; with a cache more, and keeps it there.
     #[must_use]
     pub fn new(reader: ChunkReader, cache: Option<(Arc<Cache>, D)>) -> Self {
-        Self { reader, cache, under_way: RefCell::default() }
+        Self { reader, cache, under_way: RefCell::default(), waiting: Cell::new(0) }
     }
 
     /// The blocks that the map places at `at` and following; the first is the volume's block `first`. What came with them goes to
@@ -59,6 +77,7 @@ impl<D: Disk> Fetcher<D> {
         if self.cache.is_none() {
             return (self.reader.read(at, first, blocks).await, None);
         }
+        let _waits = Waits::new(&self.waiting);
         let (flight, ours) = self.flight(at, blocks);
         let kept = ours.then(|| Fetched { source: at.source(), flight: flight.clone() });
         let answer = match flight.await {
@@ -71,6 +90,11 @@ impl<D: Disk> Fetcher<D> {
             Err(e) => Err(Error::new(e.kind(), e.to_string())),
         };
         (answer, kept)
+    }
+
+    /// Whether somebody waits for an answer.
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.get() > 0
     }
 
     /// Fetches blocks for the cache alone, unless they are there or on their way.

@@ -10,7 +10,7 @@
 //!  16     16  the volume's uuid
 //!  32     16  the snapshot's uuid
 //!  48      4  CRC-32 over the whole with this field as zeros
-//!  52      …  the pages' numbers, four bytes each, each once
+//!  52      …  the pages' numbers, four bytes each
 //! ```
 //!
 //! It is advice: without it, or with one that is damaged, a boot takes longer.
@@ -55,8 +55,8 @@ const HEAD: usize = size_of::<RawHead>();
 const CRC_AT: usize = std::mem::offset_of!(RawHead, crc);
 const _: () = assert!(HEAD == 52 && CRC_AT == 48);
 
-/// The most bytes of a trace.
-pub const MAX_TRACE_BYTES: usize = HEAD + 4 * MAX_PAGES;
+/// Bytes before the pages.
+pub const HEAD_BYTES: u64 = HEAD as u64;
 
 /// Writes a trace of a boot from a snapshot.
 #[must_use]
@@ -78,13 +78,13 @@ pub fn encode(volume: Uuid, snapshot: Uuid, pages: &[u32]) -> Vec<u8> {
     out
 }
 
-/// Reads a trace of a boot from this snapshot.
-///
-/// # Errors
-/// What is wrong with the bytes.
-pub fn decode(bytes: &[u8], volume: Uuid, snapshot: Uuid) -> Result<Vec<u32>, CodecError> {
-    let short = |need: usize| CodecError::Length { what: WHAT, got: bytes.len() as u64, need: need as u64 };
-    let (head, rest) = RawHead::ref_from_prefix(bytes).map_err(|_| short(HEAD))?;
+fn short(got: usize, need: usize) -> CodecError {
+    CodecError::Length { what: WHAT, got: got as u64, need: need as u64 }
+}
+
+/// The head at the beginning of these bytes, and what follows it.
+fn head(bytes: &[u8]) -> Result<(&RawHead, &[u8]), CodecError> {
+    let (head, rest) = RawHead::ref_from_prefix(bytes).map_err(|_| short(bytes.len(), HEAD))?;
     if head.magic != MAGIC {
         return Err(CodecError::Magic(WHAT));
     }
@@ -93,12 +93,29 @@ pub fn decode(bytes: &[u8], volume: Uuid, snapshot: Uuid) -> Result<Vec<u32>, Co
             return Err(CodecError::Unknown { what: WHAT, field, value: value.into() });
         }
     }
-    let count = head.pages.get() as usize;
-    if count > MAX_PAGES {
-        return Err(CodecError::invalid(WHAT, format!("it has {count} pages")));
+    if head.pages.get() as usize > MAX_PAGES {
+        return Err(CodecError::invalid(WHAT, format!("it has {} pages", head.pages)));
     }
+    Ok((head, rest))
+}
+
+/// How long a trace that begins so is, in bytes.
+///
+/// # Errors
+/// What is wrong with its head.
+pub fn whole_bytes(bytes: &[u8]) -> Result<u64, CodecError> {
+    Ok(HEAD_BYTES + 4 * u64::from(head(bytes)?.0.pages.get()))
+}
+
+/// Reads a trace of a boot from this snapshot.
+///
+/// # Errors
+/// What is wrong with the bytes.
+pub fn decode(bytes: &[u8], volume: Uuid, snapshot: Uuid) -> Result<Vec<u32>, CodecError> {
+    let (head, rest) = head(bytes)?;
+    let count = head.pages.get() as usize;
     if rest.len() != 4 * count {
-        return Err(short(HEAD + 4 * count));
+        return Err(short(bytes.len(), HEAD + 4 * count));
     }
     let (stored, computed) = (head.crc.get(), crc_around(&[], bytes, CRC_AT));
     if stored != computed {
@@ -145,7 +162,7 @@ impl Recorder {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Sectors are read `now`. The first read begins the boot.
+    /// Sectors are read `now`. The first such read begins the boot.
     pub fn read(&self, sectors: Range<u64>, now: Duration) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let until = *seen.until.get_or_insert(now + BOOT);
@@ -222,6 +239,7 @@ mod tests {
         r.read(0..PAGE_SECTORS * (MAX_PAGES as u64 + 5), at(1));
         assert!(!r.is_on());
         assert_eq!(r.pages().len(), MAX_PAGES);
-        assert_eq!(encode(VOLUME, SNAPSHOT, &r.pages()).len(), MAX_TRACE_BYTES);
+        let whole = encode(VOLUME, SNAPSHOT, &r.pages());
+        assert_eq!(whole_bytes(&whole[..HEAD]), Ok(whole.len() as u64));
     }
 }

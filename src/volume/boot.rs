@@ -1,7 +1,7 @@
 //! Boots: what one reads first is recorded, kept beside the snapshot that it began from, and fetched ahead by those that begin there later.
 //!
 //! Invariants:
-//! - Nobody waits for any of it, and nothing depends on it: a trace that cannot be read costs time alone.
+//! - Nothing depends on it: a trace that cannot be read costs time alone. Nobody waits for it, but for a block that is on its way for it already.
 //! - What is fetched for a trace is what the map says now: of what was overwritten since nothing is.
 
 use std::collections::VecDeque;
@@ -13,20 +13,22 @@ use uuid::Uuid;
 use super::Volume;
 use crate::cache::Cache;
 use crate::cache::fetch::Fetcher;
-use crate::cache::trace::{PAGE_SECTORS, Recorder, decode, encode, trace_key};
+use crate::cache::trace::{HEAD_BYTES, PAGE_SECTORS, Recorder, decode, encode, trace_key, whole_bytes};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{Manifest, Published, Snapshot};
 use crate::map::{Location, Piece};
 use crate::store::Store;
-use crate::units::Lba;
+use crate::units::{Lba, SECTOR};
 
-/// Requests under way at once, beside those that somebody waits for.
+/// Requests under way at once while nobody waits for any.
 const PARALLEL: usize = 8;
+/// The same beside those that somebody waits for.
+const PARALLEL_BESIDE: usize = 2;
 /// Pages that are looked up together, so that neighbours are one request.
 const TOGETHER: usize = 64;
-/// The most blocks of a request: 1 MiB.
-const MOST_BLOCKS: u16 = 256;
+/// The most blocks of a request, 256 KiB: who wants one of them waits for all.
+const MOST_BLOCKS: u16 = 64;
 
 /// The boot of an attachment that begins from a snapshot.
 #[derive(Debug)]
@@ -47,18 +49,21 @@ pub(super) struct BootOf {
     pub snapshot: Uuid,
     /// Its name.
     pub name: String,
+    /// Sources of the map from this one on are the snapshot's; those before are the attachment's own.
+    pub first_source: u8,
 }
 
 impl BootOf {
     /// Of a clone: what it was cloned from.
     pub(super) fn clone_of(m: &Manifest) -> Option<Self> {
-        let p = m.parents.first()?;
-        Some(Self { volume: p.name.clone(), uuid: p.uuid, snapshot: p.snapshot, name: p.snapshot_name.clone() })
+        let p = m.parent()?;
+        let (volume, name) = (p.name.clone(), p.snapshot_name.clone());
+        Some(Self { volume, uuid: p.uuid, snapshot: p.snapshot, name, first_source: 1 })
     }
 
     /// Of a snapshot that is served itself.
     pub(super) fn snapshot(m: &Manifest, s: &Snapshot) -> Self {
-        Self { volume: m.name.clone(), uuid: m.uuid, snapshot: s.id, name: s.name.clone() }
+        Self { volume: m.name.clone(), uuid: m.uuid, snapshot: s.id, name: s.name.clone(), first_source: 0 }
     }
 
     fn key(&self) -> String {
@@ -106,24 +111,32 @@ pub(super) async fn keep_trace(volume: &Volume, store: &dyn Store, wanted: (&str
         wanted.1
     );
     // A deletion at the same time may have looked before.
-    if let Err(e) = there().await {
+    let still = there().await;
+    if matches!(&still, Err(e) if e.kind() == ErrorKind::NotFound) {
         store.delete(&of.key()).await?;
-        return Err(e);
     }
-    Ok(())
+    still
+}
+
+/// The pages of a snapshot's trace. An object of any size is not read for it.
+async fn load(store: &dyn Store, of: &BootOf) -> Result<Vec<u32>> {
+    let key = of.key();
+    let head = store.get_range(&key, 0..HEAD_BYTES).await?;
+    let whole = store.get_range(&key, 0..whole_bytes(&head)?).await?;
+    Ok(decode(&whole, of.uuid, of.snapshot)?)
 }
 
 /// Fetches what the trace of the snapshot that the volume began from names, in its order, for the cache; until the volume is gone.
 pub(super) async fn prefetch<D: Disk>(volume: &Volume, store: &dyn Store, fetcher: &Fetcher<D>) {
     let (Some(Boot { of, .. }), Some(cache)) = (volume.boot(), volume.cache()) else { return };
     let mut gone = std::pin::pin!(volume.until_gone());
-    let got = match select(std::pin::pin!(store.get(&of.key())), gone.as_mut()).await {
-        Either::Left((got, _)) => got,
+    let loaded = match select(std::pin::pin!(load(store, of)), gone.as_mut()).await {
+        Either::Left((loaded, _)) => loaded,
         Either::Right(_) => return,
     };
-    let pages = match got.map(|(bytes, _)| decode(&bytes, of.uuid, of.snapshot)) {
-        Ok(Ok(pages)) => pages,
-        Ok(Err(e)) => {
+    let mut pages = match loaded {
+        Ok(pages) => pages,
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {
             tracing::warn!("the boot trace of {}@{} is of no use: {e}", of.volume, of.name);
             return;
         }
@@ -133,6 +146,8 @@ pub(super) async fn prefetch<D: Disk>(volume: &Volume, store: &dyn Store, fetche
             return;
         }
     };
+    // What does not fit in would push out what does, at every attach anew.
+    pages.truncate((cache.status().size_bytes / 2 / (PAGE_SECTORS * SECTOR as u64)) as usize);
     tracing::debug!("fetching {} pages of a boot from {}@{}", pages.len(), of.volume, of.name);
     let (mut fetching, mut keeping) = (FuturesUnordered::new(), FuturesUnordered::new());
     let (mut some, mut waiting, mut pieces) = (pages.chunks(TOGETHER), VecDeque::new(), Vec::new());
@@ -141,19 +156,24 @@ pub(super) async fn prefetch<D: Disk>(volume: &Volume, store: &dyn Store, fetche
             && let Some(pages) = some.next()
         {
             waiting.extend(requests(volume, cache, pages, &mut pieces));
+            // The thread has others to serve, and there may be nothing to fetch.
+            tokio::task::yield_now().await;
             continue;
         }
-        while fetching.len() < PARALLEL
+        let most = if fetcher.is_waited_for() { PARALLEL_BESIDE } else { PARALLEL };
+        while fetching.len() < most
             && keeping.len() < PARALLEL
             && let Some((at, blocks)) = waiting.pop_front()
         {
             fetching.push(fetcher.fetch_ahead(at, blocks));
         }
+        if fetching.is_empty() && keeping.is_empty() || volume.is_gone() {
+            break;
+        }
         tokio::select! {
             () = &mut gone => break,
             Some(fetched) = fetching.next() => keeping.extend(Option::map(fetched, |f| fetcher.keep(f))),
             Some(()) = keeping.next() => {}
-            else => break,
         }
     }
     // The buffers of a write that is not awaited are never freed.

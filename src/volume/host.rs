@@ -27,7 +27,6 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc;
 use crate::manifest::{Published, Writer};
 use crate::map::Location;
-use crate::store::Store;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
@@ -151,15 +150,15 @@ impl Host {
                     let store = Lazy::new(for_reads.store_url, for_reads.store_options);
                     let store = Arc::new(Metrics::new(Arc::new(store)));
                     served.count_store(store.clone());
-                    let store: Arc<dyn Store> = Arc::new(Retry::new(store, Policy::serving()));
-                    let reader = reader.over(store.clone());
+                    let advice = Retry::new(store.clone(), Policy::attach());
+                    let reader = reader.over(Arc::new(Retry::new(store, Policy::serving())));
                     let cache = cache.and_then(|c| Some((c.clone(), disk_of(c.file()).ok()?)));
                     let fetcher = Fetcher::new(reader.clone(), cache.clone());
                     let filled = async {
                         let Some((cache, disk)) = &cache else { return };
                         if served.until_confirmed().await.is_ok() {
                             cache.restore(disk, reader.keys(), || served.is_gone()).await;
-                            boot::prefetch(&served, &*store, &fetcher).await;
+                            boot::prefetch(&served, &advice, &fetcher).await;
                         }
                     };
                     let work = futures_util::future::join(serve_reads(reads, &fetcher, served.until_gone()), filled);

@@ -383,7 +383,8 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
     fn record(&self, pieces: &[Piece]) {
         let Some(boot) = self.volume.boot().filter(|b| b.recorder.is_on()) else { return };
         let now = self.timer.now();
-        for p in pieces.iter().filter(|p| matches!(p.what, Source::Chunk(_))) {
+        let of_snapshot = |p: &&Piece| matches!(p.what, Source::Chunk(at) if at.source() >= boot.of.first_source);
+        for p in pieces.iter().filter(of_snapshot) {
             boot.recorder.read(p.lba.0..p.lba.0 + u64::from(p.sectors), now);
         }
     }

@@ -85,6 +85,8 @@ pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: 
     let volume = published.manifest.name.clone();
     let what = format!("snapshot {name:?} of volume {volume:?}");
     let mark = mark(store, published, by, Some(id), &what).await?;
+    // Who puts one from now on finds the mark.
+    store.delete(&trace_key(&volume, id)).await?;
     published
         .change(store, by, |m| {
             let marked = m.snapshots.iter().position(|s| s.id == id && s.deleting == Some(mark));
@@ -92,7 +94,6 @@ pub async fn delete(store: &dyn Store, published: &mut Published, by: By, name: 
             Ok(())
         })
         .await?;
-    store.delete(&trace_key(&volume, id)).await?;
     // Whoever put one of these finds the snapshot gone.
     forget_refs(store, &volume, id).await
 }

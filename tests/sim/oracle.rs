@@ -65,6 +65,10 @@ impl Oracle {
         self.0.iter().any(|p| p.in_doubt(lba, sectors))
     }
 
+    pub(crate) fn unsynced(&self, lba: u64, sectors: u64) -> bool {
+        self.0.iter().any(|p| p.unsynced(lba, sectors))
+    }
+
     pub(crate) fn completed(&self) -> Vec<usize> {
         self.0[0].completed()
     }
@@ -160,6 +164,12 @@ impl Past {
     fn in_doubt(&self, lba: u64, sectors: u64) -> bool {
         let doubtful = |id: &usize| self.writes[*id].acked.is_none();
         (lba..lba + sectors).any(|s| self.sectors[s as usize].iter().any(doubtful))
+    }
+
+    /// Whether a power cut may take away what is known there. Zeros over that could not be told afterwards from neither being there, while the
+    /// store may hold the one without the other (seed 4044).
+    fn unsynced(&self, lba: u64, sectors: u64) -> bool {
+        (lba..lba + sectors).any(|s| self.sectors[s as usize].iter().any(|id| !self.writes[*id].durable))
     }
 
     /// The completed writes.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vb_ublk::cache::trace::trace_key;
+use vb_ublk::cache::trace::{decode, trace_key};
 use vb_ublk::cache::{CacheStatus, MIN_BYTES, Place};
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::ErrorKind;
@@ -68,6 +68,14 @@ fn record(host: &Host, snapshot: &str) -> vb_ublk::error::Result<()> {
     block_on(host.volume().command(|reply| Command::KeepTrace { volume, snapshot, reply }))
 }
 
+/// The pages of the trace.
+fn recorded(bench: &Bench) -> Vec<u64> {
+    let store = bench.store();
+    let m = block_on(Published::load(&*store, "vol")).unwrap().manifest;
+    let (bytes, _) = block_on(store.get(&trace_key("vol", m.snapshots[0].id))).unwrap();
+    decode(&bytes, m.uuid, m.snapshots[0].id).unwrap().into_iter().map(u64::from).collect()
+}
+
 /// Waits until so many bytes were fetched before anybody asked for them, and written.
 fn until_fetched(host: &Host, pages: u64) {
     for _ in 0..250 {
@@ -90,18 +98,22 @@ fn what_one_boot_reads_the_next_one_finds() {
         boot(&e, &READ).await;
         // What is its own is no part of what others boot from.
         put(&e, 500 * 16, 16, 9).await;
-        assert_eq!(get(&e, 500 * 16).await, Ok(9));
     });
+    drain(host.volume());
+    on_lane(host.volume(), async |e| assert_eq!(get(&e, 500 * 16).await, Ok(9)));
     assert_eq!(cache_of(&host).ahead_bytes, 0, "there was no trace");
     assert_eq!(record(&host, "t").expect_err("another snapshot").kind(), ErrorKind::Usage);
     record(&host, "s").unwrap();
+    assert_eq!(recorded(&bench), READ);
     host.detach().unwrap();
 
-    // Nobody reads anything: it is all here, and nothing else.
+    // Nobody reads anything, and it is all here.
     let host = clone(&bench, "second");
     until_fetched(&host, READ.len() as u64);
     let before = cache_of(&host);
-    assert_eq!((before.misses, before.ahead_bytes), (0, (READ.len() as u64) << 16), "{before:?}");
+    // A page of the volume may lie in two of a chunk.
+    let most = 2 * (READ.len() as u64) << 16;
+    assert!(before.misses == 0 && before.ahead_bytes <= most, "{before:?}");
     let asked = host.volume().status().store_requests.get_range.requests;
     on_lane(host.volume(), async |e| boot(&e, &READ).await);
     let after = cache_of(&host);
@@ -128,7 +140,8 @@ fn what_one_boot_reads_the_next_one_finds() {
     host.detach().unwrap();
     let host = clone(&bench, "third");
     until_fetched(&host, 1);
-    assert_eq!(cache_of(&host).ahead_bytes, 1 << 16, "the later trace");
+    assert!(cache_of(&host).ahead_bytes <= 2 << 16, "the later trace");
+    assert_eq!(recorded(&bench), [40]);
     host.detach().unwrap();
 }
 

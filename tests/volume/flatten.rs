@@ -102,7 +102,7 @@ fn what_is_written_and_published_between_two_batches_is_no_damage() {
         rounds += 1;
     }
     asked.join().unwrap().unwrap();
-    assert!(rounds > 1, "{rounds} checkpoints in between");
+    assert!(rounds > 0, "no checkpoint in between");
     host.detach().unwrap();
     delete(&bench, "vol").unwrap();
     holds(&bench, "c", &model);

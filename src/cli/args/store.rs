@@ -114,7 +114,7 @@ pub(crate) enum SnapshotCommand {
     },
     /// Keep what a boot from a snapshot reads first: later ones fetch that ahead, in that order
     ///
-    /// What counts is what was read in the first five minutes since the attach, up to 2 GiB. Whoever attaches a clone of the snapshot, or the
+    /// What counts is what was read of the snapshot in the five minutes from the first such read on, up to 2 GiB. Whoever attaches a clone of the snapshot, or the
     /// snapshot itself, and has a local cache, fetches it from then on.
     Record {
         /// VOLUME@SNAPSHOT

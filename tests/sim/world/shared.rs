@@ -84,11 +84,18 @@ impl Shared {
         self.busy.borrow_mut().retain(|r| r.number != range.number);
     }
 
+    /// Whether zeros there would leave it open, after a crash, what there is.
+    fn no_hole(&self, lba: u64, sectors: u64) -> bool {
+        let oracle = self.oracle.borrow();
+        // Only where each flush ends a group a crash finds the store and the log so far apart, often enough.
+        oracle.in_doubt(lba, sectors) || self.flush_to == FlushTo::Store && oracle.unsynced(lba, sectors)
+    }
+
     pub(super) async fn write(&self, lane: &Lane, me: u32) -> Outcome<()> {
         let Some(range) = self.range() else { return Ok(()) };
         let Range { lba, sectors, .. } = range;
         let (kind, fua) = (self.below(6), self.below(6) == 0);
-        let kind = if self.oracle.borrow().in_doubt(lba, sectors) { kind.max(2) } else { kind };
+        let kind = if self.no_hole(lba, sectors) { kind.max(2) } else { kind };
         let before = if fua { self.oracle.borrow().completed() } else { Vec::new() };
         let id = self.oracle.borrow_mut().issue(lba, sectors, kind < 2);
         match kind {
@@ -121,6 +128,7 @@ impl Shared {
             (shared - before, before + 1 + after)
         };
         let (one, two, hole) = (around(), around(), self.below(6) == 0);
+        let hole = hole && !self.no_hole(lba, sectors);
         let before: Vec<u64> = (lba..lba + sectors).map(|s| self.oracle.borrow().expected(s)).collect();
         let first = self.oracle.borrow_mut().issue(one.0, one.1, false);
         let second = self.oracle.borrow_mut().issue_beside(two.0, two.1, hole, first);
