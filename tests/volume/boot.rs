@@ -112,7 +112,7 @@ fn what_one_boot_reads_the_next_one_finds() {
     until_fetched(&host, READ.len() as u64);
     let before = cache_of(&host);
     // A page of the volume may lie in two of a chunk.
-    let most = 2 * (READ.len() as u64) << 16;
+    let most = (2 * READ.len() as u64) << 16;
     assert!(before.misses == 0 && before.ahead_bytes <= most, "{before:?}");
     let asked = host.volume().status().store_requests.get_range.requests;
     on_lane(host.volume(), async |e| boot(&e, &READ).await);
