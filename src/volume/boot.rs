@@ -5,21 +5,23 @@
 //! - What is fetched for a trace is what the map says now: of what was overwritten since nothing is.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use uuid::Uuid;
 
 use super::Volume;
+use super::lane::Unpinned;
 use crate::cache::Cache;
 use crate::cache::fetch::Fetcher;
 use crate::cache::trace::{HEAD_BYTES, PAGE_SECTORS, Recorder, decode, encode, trace_key, whole_bytes};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{Manifest, Published, Snapshot};
-use crate::map::{Location, Piece};
+use crate::map::{Location, Piece, Source};
 use crate::store::Store;
-use crate::units::{Lba, SECTOR};
+use crate::units::{Lba, SECTOR, SECTORS_PER_BLOCK};
 
 /// Requests under way at once while nobody waits for any.
 const PARALLEL: usize = 8;
@@ -68,6 +70,51 @@ impl BootOf {
 
     fn key(&self) -> String {
         trace_key(&self.volume, self.snapshot)
+    }
+}
+
+impl Boot {
+    /// Pieces are read: of the snapshot, not of what was written since. `now` is asked for while it counts.
+    pub(super) fn read(&self, pieces: &[Piece], now: impl FnOnce() -> Duration) {
+        if !self.recorder.is_on() {
+            return;
+        }
+        let now = now();
+        let of_snapshot = |p: &&Piece| matches!(p.what, Source::Chunk(at) if at.source() >= self.of.first_source);
+        for p in pieces.iter().filter(of_snapshot) {
+            self.recorder.read(p.lba.0..p.lba.0 + u64::from(p.sectors), now);
+        }
+    }
+}
+
+impl Volume {
+    /// The boot that begins with this attachment, if it begins from a snapshot.
+    pub(super) fn boot(&self) -> Option<&Boot> {
+        self.boot.get()
+    }
+
+    /// It begins from a snapshot: once, before the first lane.
+    pub(super) fn set_boot(&self, of: BootOf) {
+        let _ = self.boot.set(Boot { of, recorder: Recorder::default() });
+    }
+
+    /// What of these sectors is in chunks, and not in the cache.
+    pub(super) fn not_here(
+        &self,
+        cache: &Cache,
+        lba: Lba,
+        sectors: u64,
+        pieces: &mut Vec<Piece>,
+        mut tell: impl FnMut(Location, u16),
+    ) {
+        self.maps.lookup(lba, sectors, &Unpinned, pieces);
+        for p in pieces.drain(..) {
+            let Source::Chunk(at) = p.what else { continue };
+            let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
+            for run in cache.missing(at, blocks) {
+                tell(at.plus(run.start), run.end - run.start);
+            }
+        }
     }
 }
 

@@ -379,16 +379,6 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         self.spare.borrow_mut().push(pieces);
     }
 
-    /// While the volume boots, what it reads of the snapshot that it began from is remembered.
-    fn record(&self, pieces: &[Piece]) {
-        let Some(boot) = self.volume.boot().filter(|b| b.recorder.is_on()) else { return };
-        let now = self.timer.now();
-        let of_snapshot = |p: &&Piece| matches!(p.what, Source::Chunk(at) if at.source() >= boot.of.first_source);
-        for p in pieces.iter().filter(of_snapshot) {
-            boot.recorder.read(p.lba.0..p.lba.0 + u64::from(p.sectors), now);
-        }
-    }
-
     async fn read_range(&self, lba: Lba, dst: IoBuf) -> Result<(), IoFault> {
         let sectors = (dst.len() / SECTOR) as u64;
         self.check(lba, sectors)?;
@@ -403,7 +393,9 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
         }
         let mut pieces = self.spare.borrow_mut().pop().unwrap_or_default();
         self.volume.maps.lookup(lba, sectors, &Pinner(&self.volume.log), &mut pieces);
-        self.record(&pieces);
+        if let Some(boot) = self.volume.boot() {
+            boot.read(&pieces, || self.timer.now());
+        }
         let result = self.pieces(lba, &pieces, &dst).await;
         pieces.clear();
         self.spare.borrow_mut().push(pieces);

@@ -59,17 +59,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::cache::Cache;
-use crate::cache::trace::Recorder;
 use crate::chunk::reader::Blocks;
 use crate::config::FlushTo;
 use crate::disk::file::DataFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Policy;
-use crate::map::{Location, Maps, Piece, Source};
+use crate::map::{Location, Maps};
 use crate::store::metrics::{Metrics, Snapshot};
-use crate::units::{BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
+use crate::units::{BlockNo, SECTOR};
 use crate::wal::log::Log;
-use boot::{Boot, BootOf};
+use boot::Boot;
 use counts::{LaneCounter, LaneCounts};
 use engine::IoFault;
 use throttle::Throttle;
@@ -299,35 +298,6 @@ impl Volume {
     /// Gives it a cache: once, before the first lane.
     pub(crate) fn set_cache(&self, cache: Arc<Cache>) {
         let _ = self.cache.set(cache);
-    }
-
-    /// The boot that begins with this attachment, if it begins from a snapshot.
-    fn boot(&self) -> Option<&Boot> {
-        self.boot.get()
-    }
-
-    /// It begins from a snapshot: once, before the first lane.
-    fn set_boot(&self, of: BootOf) {
-        let _ = self.boot.set(Boot { of, recorder: Recorder::default() });
-    }
-
-    /// What of these sectors is in chunks, and not in the cache.
-    fn not_here(
-        &self,
-        cache: &Cache,
-        lba: Lba,
-        sectors: u64,
-        pieces: &mut Vec<Piece>,
-        mut tell: impl FnMut(Location, u16),
-    ) {
-        self.maps.lookup(lba, sectors, &lane::Unpinned, pieces);
-        for p in pieces.drain(..) {
-            let Source::Chunk(at) = p.what else { continue };
-            let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
-            for run in cache.missing(at, blocks) {
-                tell(at.plus(run.start), run.end - run.start);
-            }
-        }
     }
 
     /// Whether the base is known.
