@@ -66,6 +66,11 @@ impl CodecError {
         Self::Invalid { what, why: why.into() }
     }
 
+    /// Refuses a version, flags or a kind other than the one that is known.
+    pub(crate) fn known(what: &'static str, field: &'static str, value: u64, want: u64) -> Result<(), Self> {
+        if value == want { Ok(()) } else { Err(Self::Unknown { what, field, value }) }
+    }
+
     /// The kind for an [`Error`].
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {

@@ -52,16 +52,13 @@ impl Counted {
     }
 }
 
-/// A stretch of time, all kinds together.
-#[derive(Debug, Clone)]
-struct Interval(Counted);
-
 /// See the module's page.
 #[derive(Debug, Clone)]
 pub struct Figures {
     kinds: [Counted; 3],
     every: Option<Duration>,
-    intervals: Vec<Interval>,
+    /// All kinds together.
+    intervals: Vec<Counted>,
     took: Duration,
     filled: Option<Duration>,
     verified_bytes: u64,
@@ -87,9 +84,9 @@ impl Figures {
         if let Some(every) = self.every {
             let at = (since.as_nanos() / every.as_nanos()) as usize;
             while self.intervals.len() <= at {
-                self.intervals.push(Interval(Counted::new(INTERVAL_DIGITS)));
+                self.intervals.push(Counted::new(INTERVAL_DIGITS));
             }
-            self.intervals[at].0.note(latency, bytes);
+            self.intervals[at].note(latency, bytes);
         }
     }
 
@@ -114,7 +111,7 @@ impl Figures {
         }
         for (i, theirs) in other.intervals.iter().enumerate() {
             match self.intervals.get_mut(i) {
-                Some(mine) => mine.0.add(&theirs.0),
+                Some(mine) => mine.add(theirs),
                 None => self.intervals.push(theirs.clone()),
             }
         }
@@ -164,8 +161,7 @@ impl Figures {
             });
         }
         if let Some(every) = self.every {
-            let intervals = self.intervals.iter().zip(0_u32..).map(|(i, n)| {
-                let Interval(c) = i;
+            let intervals = self.intervals.iter().zip(0_u32..).map(|(c, n)| {
                 json!({
                     "at_seconds": (every * n).as_secs_f64(),
                     "requests": c.latency.len(),

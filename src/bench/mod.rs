@@ -29,7 +29,7 @@ use tokio::sync::oneshot;
 
 use crate::disk::IoBuf;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::lane::{Driver, Lane, LaneTimer};
+use crate::lane::{Driver, Lane, LaneTimer, NoDriver, OwnRing, RingMode};
 use crate::time::Timer;
 use crate::units::{Lba, SECTOR};
 use crate::volume::engine::{Engine, IoFault};
@@ -203,8 +203,7 @@ pub async fn run<E: Target>(lane: &Lane, engine: Rc<E>, work: Workload, stop: Ar
     if job.work.fill {
         let begun = job.timer.now();
         job.all(lane, Job::fill).await?;
-        let flushed = job.engine.flush().await.map_err(|fault| failed("flushing what was filled in", fault));
-        flushed?;
+        job.engine.flush().await.map_err(|fault| failed("flushing what was filled in", fault))?;
         job.figures.borrow_mut().filled(job.timer.now().saturating_sub(begun));
     }
     job.load.borrow_mut().rewind();
@@ -398,12 +397,12 @@ fn run_on_a_lane<E: Target>(
     engine: impl FnOnce(&Lane) -> Result<Rc<E>>,
 ) -> Result<Figures> {
     let starting = || "starting a lane for the benchmark";
-    let ring = crate::lane::OwnRing::new(RING_ENTRIES, crate::lane::RingMode::default()).context(starting)?;
+    let ring = OwnRing::new(RING_ENTRIES, RingMode::default()).context(starting)?;
     let lane = Lane::new(ring).context(starting)?;
     let engine = match engine(&lane) {
         Ok(engine) => engine,
         Err(e) => {
-            lane.shutdown(&mut crate::lane::NoDriver).context(|| "ending a lane")?;
+            lane.shutdown(&mut NoDriver).context(|| "ending a lane")?;
             return Err(e);
         }
     };

@@ -127,9 +127,7 @@ impl SlotHeader {
         if stored != computed {
             return Err(CodecError::Checksum { what: WHAT, stored, computed });
         }
-        if raw.version.get() != VERSION {
-            return Err(CodecError::Unknown { what: WHAT, field: "version", value: raw.version.get().into() });
-        }
+        CodecError::known(WHAT, "version", raw.version.get().into(), VERSION.into())?;
         let page = raw.page.get();
         if usize::from(page) >= PAGES || raw.chunk.get() == 0 || raw.chunk.get() > MAX_CHUNK.0 || raw.zero.get() != 0 {
             return Err(CodecError::invalid(WHAT, format!("page {page} of chunk {:x}", raw.chunk.get())));

@@ -88,11 +88,8 @@ fn head(bytes: &[u8]) -> Result<(&RawHead, &[u8]), CodecError> {
     if head.magic != MAGIC {
         return Err(CodecError::Magic(WHAT));
     }
-    for (field, value, known) in [("version", head.version.get(), VERSION), ("flags", head.flags.get(), 0)] {
-        if value != known {
-            return Err(CodecError::Unknown { what: WHAT, field, value: value.into() });
-        }
-    }
+    CodecError::known(WHAT, "version", head.version.get().into(), VERSION.into())?;
+    CodecError::known(WHAT, "flags", head.flags.get().into(), 0)?;
     if head.pages.get() as usize > MAX_PAGES {
         return Err(CodecError::invalid(WHAT, format!("it has {} pages", head.pages)));
     }

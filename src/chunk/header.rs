@@ -289,9 +289,7 @@ impl ChunkHeader {
         if h.magic != MAGIC {
             return Err(CodecError::Magic(WHAT));
         }
-        let known = |field, value: u64, want: u64| {
-            if value == want { Ok(()) } else { Err(CodecError::Unknown { what: WHAT, field, value }) }
-        };
+        let known = |field, value, want| CodecError::known(WHAT, field, value, want);
         // Before the version: every version keeps this checksum where it is, so that a damaged version is told from a new one.
         let (stored, computed) = (h.crc.get(), header_crc(bytes));
         if stored != computed {

@@ -10,15 +10,15 @@ use serde_json::{Value, json};
 
 use super::add::check_size;
 use super::args::BenchArgs;
-use super::claim::take;
-use super::engine::{self, AttachOptions, Attached, Collect, CreateOptions, View};
+use super::engine::{self, AttachOptions, Attached, CreateOptions, View};
+use super::orders::for_a_while;
 use super::output::{print, print_json, table};
-use super::place::{DEFAULT_WAL, cache_folder, forget_cache, log_at, wal_file};
+use super::place::{cache_folder, forget_cache, wal_file};
 use super::progress::Progress;
 use super::settings::{LogPlace, Settings};
 use super::signals::Signals;
 use super::snapshot::whole;
-use super::state::RunDir;
+use super::state::{RunDir, remove_if_there};
 use super::{complain, pause};
 use crate::bench::disk::OpenDisk;
 use crate::bench::figures::Figures;
@@ -83,7 +83,7 @@ impl From<Figures> for Outcome {
 
 /// Refuses to write over what is there.
 fn may_write(args: &BenchArgs, what: &str) -> Result<()> {
-    if args.overwrite || !(args.rw.writes() || args.fill) {
+    if args.overwrite || !args.writes() {
         return Ok(());
     }
     let what = format!("this writes over what {what} has: --overwrite says that it may, --rw randread only reads");
@@ -156,9 +156,8 @@ fn jobs<T: Target>(
 fn over_nbd(args: &BenchArgs, uri: &NbdUri, stop: &Arc<AtomicBool>) -> Result<Outcome> {
     may_write(args, &uri.to_string())?;
     let first = uri.connect()?;
-    let writes = args.rw.writes() || args.fill;
     let flushes = args.fill || args.rw.writes() && args.fsync.is_some();
-    first.serves(writes, flushes, args.fua && args.rw.writes()).map_err(|e| e.context(uri.to_string()))?;
+    first.serves(args.writes(), flushes, args.fua && args.rw.writes()).map_err(|e| e.context(uri.to_string()))?;
     let bytes = first.size_bytes;
     drop(first);
     Ok(jobs(args, bytes, stop, |lane| Ok(NbdTarget::new(lane, uri.connect()?)))?.into())
@@ -166,8 +165,7 @@ fn over_nbd(args: &BenchArgs, uri: &NbdUri, stop: &Arc<AtomicBool>) -> Result<Ou
 
 fn over_device(args: &BenchArgs, path: &Path, stop: &Arc<AtomicBool>) -> Result<Outcome> {
     may_write(args, &path.display().to_string())?;
-    let writes = args.rw.writes() || args.fill;
-    let disk = OpenDisk::open(path, writes)?;
+    let disk = OpenDisk::open(path, args.writes())?;
     Ok(jobs(args, disk.size()?, stop, |lane| Ok(disk.on(lane)))?.into())
 }
 
@@ -184,24 +182,11 @@ fn over(
     place: &LogPlace,
     stop: &Arc<AtomicBool>,
 ) -> Result<Outcome> {
-    let run = RunDir::create(&settings.run_dir)?;
-    let _held = take(&run, volume)?;
-    let (log_path, log_bytes) = log_at(place, volume, args.wal_size.or(settings.add.wal_size).unwrap_or(DEFAULT_WAL))?;
+    let (_held, options) = for_a_while(settings, volume, place, args.wal_size)?;
     let attached = Attached::attach(AttachOptions {
-        store_url: settings.store.clone(),
-        store_options: settings.store_options.clone(),
-        volume: volume.to_string(),
-        log_path,
-        log_bytes,
-        force: false,
-        read_only: false,
         flush_to: args.flush.or(settings.add.flush).unwrap_or_default(),
-        io_timeout: None,
-        resume: false,
-        accept_loss: false,
-        gc: Collect::default(),
         cache: cache_folder(args.cache.clone(), settings)?.map(|c| c.of(volume)),
-        guard_memory: false,
+        ..options
     })?;
     let view = attached.view();
     let done = jobs(args, view.size_bytes(), stop, |lane| View::lane(&view, lane, Arc::new(())));
@@ -245,10 +230,7 @@ fn over_own_volume(settings: &Settings, args: &BenchArgs, stop: &Arc<AtomicBool>
 }
 
 fn forget(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).context(|| format!("removing {}", path.display())),
-        _ => Ok(()),
-    }
+    remove_if_there(path).context(|| format!("removing {}", path.display()))
 }
 
 /// Options of a log, a cache or flushes say nothing of others' disks.

@@ -25,6 +25,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::state::remove_if_there;
 use crate::config::FlushTo;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -126,12 +127,7 @@ pub(super) trait Daemon: Send + 'static {
 
 /// Makes the socket, for the owner alone. Who calls holds the volume's lock: a socket that is there is a dead one's.
 pub(super) fn listen(path: &Path) -> Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != IoKind::NotFound => {
-            return Err(e).context(|| format!("removing the old {}", path.display()));
-        }
-        _ => {}
-    }
+    remove_if_there(path).context(|| format!("removing the old {}", path.display()))?;
     // The folder is its owner's alone, so nobody comes in between the two steps.
     let listener = UnixListener::bind(path)
         .and_then(|l| std::fs::set_permissions(path, Permissions::from_mode(0o600)).map(|()| l));

@@ -12,9 +12,9 @@ use super::control::{self, Order};
 use super::engine::{AttachOptions, Attached, Collect, View};
 use super::pause;
 use super::place::{DEFAULT_WAL, log_at};
-use super::settings::Settings;
-use super::state::RunDir;
-use crate::config::{FlushTo, VolumeName};
+use super::settings::{LogPlace, Settings};
+use super::state::{Held, RunDir};
+use crate::config::{ByteSize, FlushTo, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Between two looks at what a daemon was ordered to do.
@@ -51,24 +51,20 @@ pub(super) fn ordered_telling(
     Ok(true)
 }
 
-/// Attaches the volume for as long as it takes. A log of this host's that has something for it is uploaded on the way.
-/// Returns its status after that. `meanwhile` is called now and then.
+/// Takes the volume for this process, and how it is attached then, unless one changes it: without a cache, and as a device of nobody's.
 ///
 /// # Errors
-/// Those of attaching and detaching, and the order's own.
-pub(super) fn offline(
+/// `Busy` when another process has it; those of the log's place.
+pub(super) fn for_a_while(
     settings: &Settings,
     volume: &VolumeName,
-    log: &LogArgs,
-    order: &Order,
-    meanwhile: &mut dyn FnMut(&View),
-) -> Result<Value> {
-    let run = RunDir::create(&settings.run_dir)?;
-    let _held = take(&run, volume)?;
-    // The daemon's own: another would leave that one as an older attachment's.
-    let place = settings.log_place(log.place());
-    let (log_path, log_bytes) = log_at(&place, volume, settings.add.wal_size.unwrap_or(DEFAULT_WAL))?;
-    let attached = Attached::attach(AttachOptions {
+    place: &LogPlace,
+    wal_size: Option<ByteSize>,
+) -> Result<(Held, AttachOptions)> {
+    let held = take(&RunDir::create(&settings.run_dir)?, volume)?;
+    let most = wal_size.or(settings.add.wal_size).unwrap_or(DEFAULT_WAL);
+    let (log_path, log_bytes) = log_at(place, volume, most)?;
+    let options = AttachOptions {
         store_url: settings.store.clone(),
         store_options: settings.store_options.clone(),
         volume: volume.to_string(),
@@ -83,7 +79,25 @@ pub(super) fn offline(
         gc: Collect::default(),
         cache: None,
         guard_memory: false,
-    })?;
+    };
+    Ok((held, options))
+}
+
+/// Attaches the volume for as long as it takes. A log of this host's that has something for it is uploaded on the way.
+/// Returns its status after that. `meanwhile` is called now and then.
+///
+/// # Errors
+/// Those of attaching and detaching, and the order's own.
+pub(super) fn offline(
+    settings: &Settings,
+    volume: &VolumeName,
+    log: &LogArgs,
+    order: &Order,
+    meanwhile: &mut dyn FnMut(&View),
+) -> Result<Value> {
+    // The daemon's own log: another would leave that one as an older attachment's.
+    let (_held, options) = for_a_while(settings, volume, &settings.log_place(log.place()), None)?;
+    let attached = Attached::attach(options)?;
     let view = attached.view();
     let done = view.order(order).and_then(|mut answer| {
         loop {

@@ -9,6 +9,7 @@ use super::args::CacheArgs;
 use super::engine::{self, CachePlace};
 use super::layers::ublk_below;
 use super::settings::{LogPlace, Settings};
+use super::state::remove_if_there;
 use crate::config::{ByteSize, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::StoreUrl;
@@ -107,11 +108,8 @@ fn cache_dir_of(chosen: Option<PathBuf>, settings: &Settings) -> PathBuf {
 /// Removes the cache of a volume that is no more, where somebody or this host's settings have it.
 pub(super) fn forget_cache(chosen: Option<PathBuf>, settings: &Settings, volume: &VolumeName) {
     let path = engine::cache_file(&cache_dir_of(chosen, settings), volume.as_str());
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());
-        }
-        _ => {}
+    if let Err(e) = remove_if_there(&path) {
+        tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());
     }
 }
 

@@ -109,14 +109,19 @@ impl Surroundings<'_> {
 impl Settings {
     /// Where a volume's log is: as the command line says, else as `add` would have it.
     pub(crate) fn log_place(&self, given: Option<LogPlace>) -> LogPlace {
-        given.or_else(|| self.add.log.clone()).unwrap_or_else(|| LogPlace::Dir(self.data_dir.join("wal")))
+        given.or_else(|| self.add.log.clone()).unwrap_or_else(|| LogPlace::Dir(self.usual_wal_dir()))
+    }
+
+    /// The folder of logs, if nobody says another.
+    pub(crate) fn usual_wal_dir(&self) -> PathBuf {
+        self.data_dir.join("wal")
     }
 
     /// The folder of logs, also where `add` would have a device.
     pub(crate) fn wal_dir(&self) -> PathBuf {
         match &self.add.log {
             Some(LogPlace::Dir(dir)) => dir.clone(),
-            Some(LogPlace::Device(_)) | None => self.data_dir.join("wal"),
+            Some(LogPlace::Device(_)) | None => self.usual_wal_dir(),
         }
     }
 

@@ -154,6 +154,14 @@ pub(crate) struct Held {
     _file: File,
 }
 
+/// Removes a file; one that is not there is no error.
+pub(super) fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() == IoKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
 impl RunDir {
     /// The folder at `path`, which need not be there: then nothing is attached.
     pub(crate) fn at(path: &Path) -> Self {
@@ -286,12 +294,7 @@ impl RunDir {
     /// Removes state and socket; what is missing is no error.
     pub(crate) fn remove(&self, volume: &VolumeName) -> Result<()> {
         for path in [self.state_path(volume), self.socket_path(volume)?] {
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != IoKind::NotFound => {
-                    return Err(e).context(|| format!("removing {}", path.display()));
-                }
-                _ => {}
-            }
+            remove_if_there(&path).context(|| format!("removing {}", path.display()))?;
         }
         Ok(())
     }

@@ -340,17 +340,13 @@ pub fn decode_part(bytes: &[u8], expect: &Expect) -> Result<Part, CodecError> {
         return Err(CodecError::Magic(WHAT));
     }
     // The version comes before the checksum: another version may keep it elsewhere.
-    if h.version.get() != VERSION {
-        return Err(CodecError::Unknown { what: WHAT, field: "version", value: h.version.get().into() });
-    }
+    CodecError::known(WHAT, "version", h.version.get().into(), VERSION.into())?;
     let check = |stored: u32, data: &[u8]| match crc32fast::hash(data) {
         computed if computed == stored => Ok(()),
         computed => Err(CodecError::Checksum { what: WHAT, stored, computed }),
     };
     check(h.header_crc.get(), &bytes[..CRC_AT])?;
-    if h.flags != 0 {
-        return Err(CodecError::Unknown { what: WHAT, field: "flags", value: h.flags.into() });
-    }
+    CodecError::known(WHAT, "flags", h.flags.into(), 0)?;
     let kind = match h.kind {
         1 => PartKind::Full,
         2 => PartKind::Delta,

@@ -6,11 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join;
-use vb_ublk::config::FlushTo;
 use vb_ublk::disk::file::DataFile;
 use vb_ublk::disk::uring::{TokioTimer, UringDisk};
 use vb_ublk::error::{Error, ErrorKind, Result};
-use vb_ublk::gc::Policy;
 use vb_ublk::manifest::{Published, Writer};
 use vb_ublk::store::fault::{Call, Fault, FaultStore};
 use vb_ublk::store::memory::MemoryStore;
@@ -27,15 +25,7 @@ async fn take(store: Arc<dyn Store>, dir: &Path, host: u64) -> Result<()> {
     let geometry = geometry_for(MIN_LOG_BYTES)?;
     let log = OpenLog { file, disk, superblock: None, geometry, salt: Box::new(move || host) };
     let writer = Writer { host: format!("host-{host}"), pid: 1, since: 1 };
-    let request = Request {
-        force: false,
-        read_only: false,
-        flush_to: FlushTo::Wal,
-        io_timeout: None,
-        gc: Policy::off(),
-        writer,
-        nonce: Nonce(host),
-    };
+    let request = Request { writer, ..super::latch::request(host) };
     let stores = Stores { attach: store.clone(), background: store };
     attach(stores, published, log, TokioTimer, request).await.map(drop)
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vb_ublk::cache::trace::{decode, trace_key};
-use vb_ublk::cache::{CacheStatus, MIN_BYTES, Place};
+use vb_ublk::cache::{MIN_BYTES, Place};
 use vb_ublk::disk::IoBuf;
 use vb_ublk::error::ErrorKind;
 use vb_ublk::manifest::Published;
@@ -12,6 +12,7 @@ use vb_ublk::volume::Command;
 use vb_ublk::volume::engine::Engine;
 use vb_ublk::volume::host::{AttachOptions, Host};
 
+use super::cache::cache_of;
 use super::volume_support::{Bench, TestLane, block_on, drain, get, on_lane, pause, put};
 
 const MIB: usize = 1 << 20;
@@ -49,10 +50,6 @@ fn options(bench: &Bench, name: &str) -> AttachOptions {
 fn clone(bench: &Bench, name: &str) -> Host {
     super::snapshots::clone(bench, ("vol", "s"), name, None).unwrap();
     Host::attach(options(bench, name)).unwrap()
-}
-
-fn cache_of(host: &Host) -> CacheStatus {
-    host.volume().status().cache.expect("a cache")
 }
 
 async fn boot(e: &TestLane, pages: &[u64]) {

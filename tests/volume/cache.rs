@@ -32,7 +32,7 @@ fn attach(bench: &Bench) -> Host {
     Host::attach(options(bench)).unwrap()
 }
 
-fn cache_of(host: &Host) -> CacheStatus {
+pub(crate) fn cache_of(host: &Host) -> CacheStatus {
     host.volume().status().cache.expect("a cache")
 }
 

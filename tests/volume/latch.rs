@@ -40,7 +40,7 @@ impl Disk for Failing {
     }
 }
 
-fn request(nonce: u64) -> Request {
+pub(crate) fn request(nonce: u64) -> Request {
     let writer = Writer { host: "here".into(), pid: 1, since: 1 };
     Request {
         force: false,

@@ -77,6 +77,13 @@ pub(crate) struct BenchArgs {
     pub(crate) json: JsonArg,
 }
 
+impl BenchArgs {
+    /// Whether anything is written.
+    pub(crate) const fn writes(&self) -> bool {
+        self.rw.writes() || self.fill
+    }
+}
+
 /// Kinds of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rw {

@@ -217,7 +217,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
                 device.display()
             ));
         }
-        None => settings.data_dir.join("wal"),
+        None => settings.usual_wal_dir(),
     };
     let wal_bytes = args.wal_size.or(add.wal_size).unwrap_or(DEFAULT_WAL).0;
     engine::check_log_size(wal_bytes)?;

@@ -200,8 +200,8 @@ pub enum Cipher {
 pub fn chunk_head(bytes: &[u8]) -> Result<Cipher, CodecError> {
     let (h, _) = RawChunkHead::read_from_prefix(bytes).map_err(|_| short(CHUNK, bytes, CHUNK_HEAD))?;
     let cipher = cipher(CHUNK, h.magic, *b"VBCH", *b"VBCE")?;
-    known(CHUNK, "version", h.version.get().into(), VERSION.into())?;
-    known(CHUNK, "block size", h.block_bytes.get().into(), BLOCK as u64)?;
+    CodecError::known(CHUNK, "version", h.version.get().into(), VERSION.into())?;
+    CodecError::known(CHUNK, "block size", h.block_bytes.get().into(), BLOCK as u64)?;
     Ok(cipher)
 }
 
@@ -212,8 +212,8 @@ pub fn chunk_head(bytes: &[u8]) -> Result<Cipher, CodecError> {
 pub fn log_head(bytes: &[u8]) -> Result<Cipher, CodecError> {
     let (h, _) = RawLogHead::read_from_prefix(bytes).map_err(|_| short(LOG, bytes, LOG_HEAD))?;
     let cipher = cipher(LOG, h.magic, *b"VBWL", *b"VBWE")?;
-    known(LOG, "version", h.version.get().into(), VERSION.into())?;
-    known(LOG, "block size", h.block_bytes.get().into(), BLOCK as u64)?;
+    CodecError::known(LOG, "version", h.version.get().into(), VERSION.into())?;
+    CodecError::known(LOG, "block size", h.block_bytes.get().into(), BLOCK as u64)?;
     Ok(cipher)
 }
 
@@ -279,7 +279,7 @@ pub fn layered_map(bytes: &[u8], own: u64) -> Result<(BlockMap, Vec<InheritedLay
         return Err(CodecError::Magic(LAYERS));
     }
     let [version, count] = *rest.array::<2>()?;
-    known(LAYERS, "version", version.into(), 1)?;
+    CodecError::known(LAYERS, "version", version.into(), 1)?;
     let mut layers = Vec::new();
     for _ in 0..count {
         let name = usize::from(u16::from_be_bytes(*rest.array()?));
@@ -324,7 +324,7 @@ fn map_body(bytes: &[u8]) -> Result<&[u8], CodecError> {
     if h.magic != *b"VBWB" {
         return Err(CodecError::Magic(MAP));
     }
-    known(MAP, "version", h.version.get().into(), VERSION.into())?;
+    CodecError::known(MAP, "version", h.version.get().into(), VERSION.into())?;
     Ok(body)
 }
 
@@ -367,10 +367,6 @@ fn cipher(what: &'static str, got: [u8; 4], plain: [u8; 4], encrypted: [u8; 4]) 
         m if m == encrypted => Ok(Cipher::Encrypted),
         _ => Err(CodecError::Magic(what)),
     }
-}
-
-fn known(what: &'static str, field: &'static str, value: u64, want: u64) -> Result<(), CodecError> {
-    if value == want { Ok(()) } else { Err(CodecError::Unknown { what, field, value }) }
 }
 
 fn short(what: &'static str, bytes: &[u8], need: usize) -> CodecError {
