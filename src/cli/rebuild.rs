@@ -102,6 +102,10 @@ fn manifest(r: &Rebuilt) -> String {
     match (r.manifest, &r.kept_as) {
         (ManifestState::Good, _) => format!("it was good; epoch {epoch}"),
         (ManifestState::Missing, _) => format!("it was missing, and is made from the chunks; epoch {epoch}"),
+        (ManifestState::Old, None) => format!("it is older than the volume, and is made anew; epoch {epoch}"),
+        (ManifestState::Old, Some(key)) => {
+            format!("it was older than the volume, and is made anew; epoch {epoch}; the old one is kept as {key}")
+        }
         (ManifestState::Damaged, None) => format!("it is damaged, and is made from the chunks; epoch {epoch}"),
         (ManifestState::Damaged, Some(key)) => {
             format!("it was damaged, and is made from the chunks; epoch {epoch}; the damaged one is kept as {key}")

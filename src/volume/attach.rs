@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::background::{Attachment, Background, Holding};
 use super::boot::BootOf;
 use super::recover::checkpoint_end;
+use super::stale::check_log;
 use super::start::{Place, prepare_slots, start_log};
 use super::take::{By, LogSays, look, take};
 use super::{Parts, ReadRequest, Volume};
@@ -116,6 +117,9 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     let store = &*stores.attach;
     let before = published.manifest.clone();
     let OpenLog { file, disk, superblock, geometry, mut salt } = log;
+    if let Some(sb) = &superblock {
+        check_log(store, &before, &sb.current)?;
+    }
     let ours = superblock.as_ref().is_some_and(|sb| is_ours(sb, &before));
     if before.writer.is_some() && !ours && !request.force {
         return Err(held(&before));

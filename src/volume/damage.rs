@@ -13,7 +13,7 @@ const MAX_LISTED: usize = 1 << 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DamageKind {
-    /// The manifest is damaged or missing.
+    /// The manifest is damaged or missing, or older than the volume.
     Manifest,
     /// A checkpoint's part is damaged or missing.
     Checkpoint,

@@ -16,6 +16,7 @@ use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::resume::resume;
 use super::salvage::accept_loss;
+use super::stale::check_log;
 use super::{Command, ReadRequest, Volume, Waiting, admin, boot, fixed};
 use crate::cache::fetch::{Fetched, Fetcher};
 use crate::cache::{self, Cache};
@@ -30,7 +31,7 @@ use crate::map::Location;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
-use crate::store::{StoreOptions, StoreUrl, open};
+use crate::store::{Store, StoreOptions, StoreUrl, open};
 use crate::time::{Timer, now_unix};
 use crate::units::{BLOCK, Nonce};
 use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
@@ -335,7 +336,7 @@ async fn open_and_attach(opts: &AttachOptions) -> Result<Attached<UringDisk, Tok
     let backend = Arc::new(Metrics::new(open(&opts.store_url, &opts.store_options).await?));
     let stores = stores(&backend, Policy::attach());
     let published = Published::load(&*stores.attach, &opts.volume).await?;
-    let (file, superblock) = open_log(&opts.log_path, &published, opts).await?;
+    let (file, superblock) = open_log(&opts.log_path, &*stores.attach, &published, opts).await?;
     // A device is used whole.
     let geometry = if file.is_device() { device_geometry(&file)? } else { wanted };
     let disk = disk_of(&file)?;
@@ -375,6 +376,7 @@ fn disk_of(file: &DataFile) -> Result<UringDisk> {
 /// Opens and locks the log. One that is not the newest attachment's is set aside whole, and a new one made.
 async fn open_log(
     path: &Path,
+    store: &dyn Store,
     published: &Published,
     opts: &AttachOptions,
 ) -> Result<(DataFile, Option<SuperblockFile>)> {
@@ -395,7 +397,11 @@ async fn open_log(
     if is_device {
         check_device(&file)?;
     }
-    match load_superblock(&file, &disk_of(&file)?).await? {
+    let superblock = load_superblock(&file, &disk_of(&file)?).await?;
+    if let Some(sb) = &superblock {
+        check_log(store, m, &sb.current)?;
+    }
+    match superblock {
         Some(mut sb) if is_ours(&sb, m) => {
             if opts.accept_loss {
                 accept_loss(&file, &disk_of(&file)?, &mut sb).await?;

@@ -44,6 +44,7 @@ pub mod resize;
 pub mod resume;
 mod salvage;
 pub mod snapshots;
+mod stale;
 mod start;
 mod status;
 pub mod take;

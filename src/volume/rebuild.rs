@@ -5,7 +5,8 @@
 //! and the manifest names it. Epoch, nonce and writer stay as they are: to the next attach the volume looks as before, so a
 //! log that was to be replayed still is.
 //!
-//! **The manifest is damaged or missing.** Its history is inferred.
+//! **The manifest is damaged or missing.** Its history is inferred. So is what came after one that is older than the volume
+//! ([`super::stale`]), which serves as a copy from then.
 //! - A chunk's key has its number and the epoch of who wrote it. An attachment never gives a number below the first it owns, and
 //!   owns all from there on: the lowest number of an epoch cuts the chunks of all lower epochs from that number on. Those
 //!   are what fenced hosts uploaded late.
@@ -39,7 +40,7 @@
 //! has all entries from that group on.
 //!
 //! Invariants:
-//! - Nothing is deleted or written over but the manifest, and a damaged one is kept under another key first.
+//! - Nothing is deleted or written over but the manifest, and a damaged or old one is kept under another key first.
 //! - The manifest is the last to be written, on the condition that it is still what was read. Before that, an
 //!   interruption leaves objects that nothing names; a rebuild can be begun anew at any time.
 
@@ -52,7 +53,7 @@ mod local;
 mod report;
 mod write;
 
-use find::{Found, find_manifest, list_chunks};
+use find::{Found, find_manifest, judge_age, list_chunks};
 use groups::{Assembled, Ground, assemble};
 use history::{Named, Rules};
 pub use local::LocalLog;
@@ -145,9 +146,11 @@ pub async fn rebuild(
     let job = Job { store, name, opts, log };
     let found = find_manifest(store, name).await?;
     let named = list_chunks(store, name).await?;
+    let found = judge_age(store, found, &named, log).await?;
     let outcome = match &found {
         Found::Good(m, _) => job.known(m, &named, told).await,
-        Found::Damaged(..) | Found::Missing => job.inferred(&named, told).await,
+        Found::Old(m, ..) => job.inferred(Some(m), &named, told).await,
+        Found::Damaged(..) | Found::Missing => job.inferred(None, &named, told).await,
     };
     let outcome = outcome.map_err(|e| e.context(format!("rebuilding volume {name:?} in {}", store.url())))?;
     job.write(found, outcome).await

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
+use super::stale::check_chunks;
 use crate::chunk::header::{self, ChunkHeader};
 use crate::chunk::pack::map_extents;
 use crate::chunk::reader::fetch_header;
@@ -49,20 +50,24 @@ pub fn checkpoint_end(m: &Manifest) -> StoreEnd {
 /// `Corrupt` when a header cannot be read, or a group that another one relies on is not whole; the store's.
 pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &Maps) -> Result<StoreEnd> {
     let mut end = checkpoint_end(m);
-    let keys = newer_chunks(store, prefix, m, &mut end).await?;
+    let Newer { keys, later } = newer_chunks(store, prefix, m, &mut end).await?;
+    check_chunks(store, m, &later).await?;
     let headers: Vec<ChunkHeader> =
         stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).try_collect().await?;
     apply_headers(&store.url(), m, headers, maps, &mut end)?;
     Ok(end)
 }
 
-/// The keys of the chunks after the checkpoint, in order, under the epochs that own their numbers. Others are counted.
-pub(super) async fn newer_chunks(
-    store: &dyn Store,
-    prefix: &str,
-    m: &Manifest,
-    end: &mut StoreEnd,
-) -> Result<Vec<String>> {
+/// The chunks after the checkpoint, by their keys.
+pub(super) struct Newer {
+    /// Those under the epochs that own their numbers, in order.
+    pub keys: Vec<String>,
+    /// Those under epochs that the manifest does not know yet.
+    pub later: Vec<(Epoch, String)>,
+}
+
+/// Lists the chunks after the checkpoint. Those that do not count are counted in `end`.
+pub(super) async fn newer_chunks(store: &dyn Store, prefix: &str, m: &Manifest, end: &mut StoreEnd) -> Result<Newer> {
     let folder = format!("{prefix}chunks/");
     // No epoch or nonce sorts above these: everything of the checkpoint's last number is skipped.
     let after = header::key(prefix, end.last_chunk, Epoch(u64::from(u32::MAX)), Nonce(u64::MAX));
@@ -70,7 +75,7 @@ pub(super) async fn newer_chunks(
         .list(&folder, Some(&after))
         .await
         .map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
-    let mut keys = Vec::new();
+    let (mut keys, mut later) = (Vec::new(), Vec::new());
     for object in listed {
         let Some((chunk, epoch, nonce)) = object.key.strip_prefix(&folder).and_then(header::parse_key) else {
             continue;
@@ -79,9 +84,12 @@ pub(super) async fn newer_chunks(
             keys.push(object.key);
         } else {
             end.ignored += 1;
+            if epoch > m.epoch {
+                later.push((epoch, object.key));
+            }
         }
     }
-    Ok(keys)
+    Ok(Newer { keys, later })
 }
 
 /// The header of one of them.

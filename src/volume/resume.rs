@@ -10,13 +10,15 @@
 //!   power cut it need not be so, and entry numbers would be given out twice.
 //! - The base is loaded, then the overlay drops what the store has, then waiting reads go on: at no moment
 //!   does a reader see a base that lacks what the overlay has lost.
-//! - A manifest that another attachment has taken since means that the volume is lost: nothing is acknowledged any more.
+//! - A manifest that another attachment has taken since means that the volume is lost: nothing is acknowledged any more. So does damage in
+//!   the store: with the log, which is kept, it can be attached again when that is mended.
 
 use std::io;
 use std::sync::Arc;
 
 use super::attach::{Attached, OpenLog, Request, Stores, is_ours};
 use super::background::{Absences, Backoff, Holding, POLL_MANIFEST, trouble};
+use super::stale::check_log;
 use super::start::{Place, prepare_slots, start_log};
 use super::take::{By, LogSays, look, take};
 use super::{Parts, Volume};
@@ -30,6 +32,9 @@ use crate::time::Timer;
 use crate::units::{SECTOR, Seq};
 use crate::wal::create::SuperblockFile;
 use crate::wal::replay::{geometry_of, replay};
+
+/// Damage that is found as often in a row is there.
+const LOOKS_AT_DAMAGE: u32 = 3;
 
 /// Takes up the volume `name`, whose last process has died, from its log. See the module's page.
 ///
@@ -88,6 +93,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         says,
         request,
         absences: Absences::default(),
+        damaged: 0,
     };
     attached.background.confirm_by(taking.run(timer));
     Ok(attached)
@@ -129,6 +135,8 @@ struct Taking<D> {
     says: LogSays,
     request: Request,
     absences: Absences,
+    /// Looks in a row that found damage.
+    damaged: u32,
 }
 
 impl<D: Disk> Taking<D> {
@@ -141,6 +149,14 @@ impl<D: Disk> Taking<D> {
                 Ok(Err(trouble)) => trouble,
                 Err(lost) => return Err(lost),
             };
+            // No waiting mends what is damaged, but a bit on the way may have been.
+            let is_damage = matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported);
+            self.damaged = if is_damage { self.damaged + 1 } else { 0 };
+            if self.damaged == LOOKS_AT_DAMAGE {
+                return Err(
+                    e.context(format!("volume {:?} cannot go on from what is in the store", self.volume.name()))
+                );
+            }
             trouble(&self.volume, "looking for the volume in the store", &e);
             if self.absences.are_some() {
                 timer.sleep(POLL_MANIFEST).await;
@@ -161,6 +177,7 @@ impl<D: Disk> Taking<D> {
         };
         self.absences = Absences::default();
         let m = &published.manifest;
+        check_log(&*self.store, m, &self.sb.current)?;
         if !is_ours(&self.sb, m) {
             let what = format!(
                 "volume {:?} was taken by {} while it was not served here; its log {} is kept, and will be set aside",

@@ -18,8 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attach::Request;
-use super::recover::{StoreEnd, apply_groups, checkpoint_end};
+use super::recover::{StoreEnd, apply_groups, checkpoint_end, newer_chunks};
 use super::snapshots::{not_deleting, still_there};
+use super::stale::check_chunks;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::images::{Images, load_images};
@@ -153,7 +154,15 @@ async fn find_groups(store: &dyn Store, m: &Manifest, images: &Images, packed: S
     let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
     maps.load_base(&images.current);
     let clean = m.writer.is_none();
-    let end = if clean { checkpoint_end(m) } else { apply_groups(store, &prefix(&m.name), m, &maps).await? };
+    let end = if clean {
+        let mut end = checkpoint_end(m);
+        // None of them counts; they may show that the manifest does not either.
+        let newer = newer_chunks(store, &prefix(&m.name), m, &mut end).await?;
+        check_chunks(store, m, &newer.later).await?;
+        end
+    } else {
+        apply_groups(store, &prefix(&m.name), m, &maps).await?
+    };
     if packed > end.through {
         return Err(Error::new(
             ErrorKind::Corrupt,

@@ -15,6 +15,7 @@ use futures_util::stream::{self, StreamExt};
 
 use super::damage::{Damage, DamageKind, Report};
 use super::recover::{PARALLEL_HEADERS, StoreEnd, apply_headers, checkpoint_end, newer_chunks, newer_header};
+use super::stale::check_chunks;
 use crate::chunk::header::ChunkHeader;
 use crate::chunk::reader::Keys;
 use crate::chunk::verify::{Checked, Mapped, check};
@@ -97,6 +98,15 @@ async fn find_manifest(store: &dyn Store, name: &str, report: &mut Report) -> Re
 async fn find_base(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<BaseImage>> {
     let prefix = manifest::prefix(&m.name);
     let Some(images) = find_checkpoint(store, m, report).await? else { return Ok(None) };
+    let mut end = checkpoint_end(m);
+    let newer = newer_chunks(store, &prefix, m, &mut end).await?;
+    match check_chunks(store, m, &newer.later).await {
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
+            report.damage.push(Damage::of_object(DamageKind::Manifest, manifest::key(&m.name), e.to_string()));
+            return Ok(None);
+        }
+        checked => checked?,
+    }
     let (maps, end) = if m.writer.is_none() {
         // After a clean detach nothing behind the checkpoint counts.
         (base_maps(m, &images), checkpoint_end(m))
@@ -175,7 +185,7 @@ struct Groups {
 
 async fn look_for_groups(store: &dyn Store, prefix: &str, m: &Manifest, images: &Images) -> Result<Groups> {
     let (maps, mut end) = (base_maps(m, images), checkpoint_end(m));
-    let keys = newer_chunks(store, prefix, m, &mut end).await?;
+    let keys = newer_chunks(store, prefix, m, &mut end).await?.keys;
     let looked: Vec<_> =
         stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).collect().await;
     let (mut headers, mut damage) = (Vec::new(), Vec::new());

@@ -8,6 +8,7 @@ mod command_support;
 mod damage_support;
 #[path = "../rebuild_support/mod.rs"]
 mod rebuild_support;
+mod stale;
 #[path = "../support_rng/mod.rs"]
 mod support_rng;
 #[path = "../volume_support/mod.rs"]
@@ -34,7 +35,7 @@ use vb_ublk::units::{BLOCK, ChunkNo, GroupNo, Lba, Seq};
 use vb_ublk::volume::engine::{Engine, IoFault};
 use vb_ublk::volume::host::{AttachOptions, Host};
 use vb_ublk::volume::rebuild::{LogFate, ManifestState, MapFrom, Options, rebuild};
-use volume_support::{Bench, block_on, churn, compare, drain, get, on_lane, put};
+use volume_support::{Bench, block_on, churn, compare, drain, get, on_lane, pause, put};
 
 /// Lives of all kinds, with every way to end, then every way to lose the map.
 #[test]

@@ -3,15 +3,19 @@
 use uuid::Uuid;
 
 use super::history::Named;
+use super::local::LocalLog;
 use crate::chunk::header;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, Manifest};
 use crate::store::{Store, Version, list_folder};
 use crate::units::{Epoch, Nonce};
+use crate::volume::stale::{check_chunks, check_log};
 
 /// The manifest as it was found.
 pub(super) enum Found {
     Good(Box<Manifest>, Version),
+    /// Good, and older than the volume: why.
+    Old(Box<Manifest>, Version, String),
     Damaged(bytes::Bytes, Version, String),
     Missing,
 }
@@ -37,6 +41,31 @@ pub(super) async fn find_manifest(store: &dyn Store, name: &str) -> Result<Found
         }
     }
     Err(Error::new(ErrorKind::Internal, format!("reading {key}: {why}")))
+}
+
+/// Whether a good manifest is older than the volume: by its chunks, and by the log here.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn judge_age(
+    store: &dyn Store,
+    found: Found,
+    named: &[Named],
+    log: Option<&LocalLog>,
+) -> Result<Found> {
+    let Found::Good(m, version) = found else { return Ok(found) };
+    let prefix = manifest::prefix(&m.name);
+    let later = named.iter().filter(|n| n.epoch > m.epoch);
+    let later: Vec<_> = later.map(|n| (n.epoch, header::key(&prefix, n.chunk, n.epoch, n.nonce))).collect();
+    let checked = match log.map_or(Ok(()), |l| check_log(store, &m, &l.superblock)) {
+        Ok(()) => check_chunks(store, &m, &later).await,
+        old => old,
+    };
+    match checked {
+        Ok(()) => Ok(Found::Good(m, version)),
+        Err(e) if e.kind() == ErrorKind::Corrupt => Ok(Found::Old(m, version, e.to_string())),
+        Err(e) => Err(e),
+    }
 }
 
 /// All chunks that there are, in order of number.

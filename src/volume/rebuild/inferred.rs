@@ -17,13 +17,26 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, Checkpoint, Manifest, NO_ATTACHMENT};
 use crate::map::Maps;
 use crate::units::{BLOCK, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, SECTOR};
-use crate::volume::recover::PARALLEL_HEADERS;
+use crate::volume::recover::{PARALLEL_HEADERS, checkpoint_end};
 
 impl Job<'_> {
-    /// By what the chunks tell.
-    pub(super) async fn inferred(&self, named: &[Named], told: &mut dyn FnMut(Progress)) -> Result<Outcome> {
+    /// By what the chunks tell, and a manifest from before, if there is one.
+    pub(super) async fn inferred(
+        &self,
+        old: Option<&Manifest>,
+        named: &[Named],
+        told: &mut dyn FnMut(Progress),
+    ) -> Result<Outcome> {
         let checkpoints = list_checkpoints(self.store, self.name).await?;
-        let kept = match kept::newest(self.store, self.name).await? {
+        let copy = kept::newest(self.store, self.name).await?;
+        let is_newer =
+            |a: &Manifest, b: &Manifest| (a.epoch, checkpoint_end(a).group) > (b.epoch, checkpoint_end(b).group);
+        let copy = match (copy, old) {
+            (Some(copy), Some(old)) if is_newer(old, &copy) => Some(old.clone()),
+            (None, old) => old.cloned(),
+            (copy, _) => copy,
+        };
+        let kept = match copy {
             Some(copy) => Some(kept::map_of(self.store, copy, named).await?),
             None => None,
         };
@@ -136,6 +149,16 @@ impl Job<'_> {
             let first = share.map(|s| s.first);
             history.push(manifest::EpochEntry { epoch: at.epoch, nonce: at.nonce, first });
         }
+        if let Some(l) =
+            log.filter(|l| history.iter().all(|e| e.nonce != l.superblock.confirmed) && continues.is_none())
+        {
+            // So that it is known as an older attachment's.
+            history.push(manifest::EpochEntry {
+                epoch: Epoch(epoch.0 - 1),
+                nonce: l.superblock.confirmed,
+                first: None,
+            });
+        }
         history::cut(&mut history, epoch, nonce, behind(&a.end));
         let manifest = Manifest {
             size_bytes: size,
@@ -147,7 +170,7 @@ impl Job<'_> {
             ..draft
         };
         notes.push(if copy.is_some() {
-            "metadata and snapshots are as garbage collection has kept them: what was changed of them since is lost"
+            "metadata and snapshots are as an older manifest has them: what was changed of them since is lost"
                 .to_owned()
         } else {
             "what was kept as metadata in the manifest, its snapshots, and when the volume was created, are lost"

@@ -58,6 +58,8 @@ impl fmt::Display for Lost {
 pub enum ManifestState {
     /// It is good: its history says what counts.
     Good,
+    /// It can be read, and is older than the volume: what came after it was inferred from the chunks.
+    Old,
     /// It cannot be read: history was inferred from the chunks.
     Damaged,
     /// It is not there: history was inferred from the chunks.
@@ -110,7 +112,7 @@ pub struct Report {
     pub manifest: ManifestState,
     /// What the map was made from.
     pub map_from: MapFrom,
-    /// The key under which the damaged manifest is kept.
+    /// The key under which a damaged or an old manifest is kept.
     pub kept_as: Option<String>,
     /// The manifest's epoch from now on.
     pub epoch: u64,

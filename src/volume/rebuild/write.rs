@@ -14,7 +14,7 @@ use crate::volume::background::checkpoint::put_unattached;
 use crate::volume::recover::StoreEnd;
 
 impl Job<'_> {
-    /// Parts, then the damaged manifest under another key, then the manifest.
+    /// Parts, then the manifest that is replaced, if it is damaged or old, under another key, then the new one.
     pub(super) async fn write(&self, found: Found, outcome: Outcome) -> Result<Report> {
         let Outcome { manifest: mut m, assembled: a, map_from, checkpoint_number, given_up, lost, log, notes } =
             outcome;
@@ -28,6 +28,7 @@ impl Job<'_> {
             logical_block: m.logical_block,
             manifest: match &found {
                 Found::Good(..) => ManifestState::Good,
+                Found::Old(..) => ManifestState::Old,
                 Found::Damaged(..) => ManifestState::Damaged,
                 Found::Missing => ManifestState::Missing,
             },
@@ -44,7 +45,7 @@ impl Job<'_> {
             log,
             notes,
         };
-        if let Found::Damaged(_, _, why) = &found {
+        if let Found::Damaged(_, _, why) | Found::Old(_, _, why) = &found {
             report.notes.insert(0, why.clone());
         }
         if self.opts.dry_run {
@@ -55,7 +56,11 @@ impl Job<'_> {
         let version = match found {
             Found::Good(_, version) => Some(version),
             Found::Damaged(bytes, version, _) => {
-                report.kept_as = Some(self.keep(bytes).await?);
+                report.kept_as = Some(self.keep("damaged", bytes).await?);
+                Some(version)
+            }
+            Found::Old(old, version, _) => {
+                report.kept_as = Some(self.keep("old", old.encode()?.into()).await?);
                 Some(version)
             }
             Found::Missing => None,
@@ -81,12 +86,12 @@ impl Job<'_> {
         Ok(Some(Checkpoint { group: end.group, through: end.through, last_chunk: end.last_chunk, full, delta: None }))
     }
 
-    /// Keeps a damaged manifest under the first key that is free, or already has it.
-    async fn keep(&self, bytes: bytes::Bytes) -> Result<String> {
+    /// Keeps a manifest that is damaged, or old, under the first key that is free, or already has it.
+    async fn keep(&self, what: &str, bytes: bytes::Bytes) -> Result<String> {
         let mut n = 1;
         loop {
-            let key = format!("{}.damaged-{n}", manifest::key(self.name));
-            let keeping = || format!("keeping the damaged manifest as {key} in {}", self.store.url());
+            let key = format!("{}.{what}-{n}", manifest::key(self.name));
+            let keeping = || format!("keeping the {what} manifest as {key} in {}", self.store.url());
             match self.store.get(&key).await {
                 Ok((there, _)) if there == bytes => return Ok(key),
                 Ok(_) => {}
