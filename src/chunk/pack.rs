@@ -21,6 +21,7 @@ use crate::disk::{Disk, IoBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{BaseState, GroupExtent, Location, Maps};
 use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Nonce, SECTOR, SECTORS_PER_BLOCK, Seq};
+use crate::wal::legible::read_legible;
 use crate::wal::log::{Log, LogEntry};
 
 /// Reads of the log are joined over gaps of up to this many blocks…
@@ -354,8 +355,8 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
             let whole = free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK));
             let buf = whole.slice(0..(end - start) as usize * BLOCK);
             let at = u64::from(start) * BLOCK as u64;
-            src.disk
-                .read_at(at, buf.clone())
+            // What cannot be read fits no checksum.
+            read_legible(src.disk, at, &buf)
                 .await
                 .map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
             Ok::<_, Error>((start, whole, list))
@@ -382,7 +383,7 @@ fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
     let good = block_crc(block, data) == crc;
     if !good {
         tracing::error!(
-            "the log's copy of block {block} (byte {} of the log) fails its check: packed as damaged",
+            "the log's copy of block {block} (byte {} of the log) fails its check, or cannot be read: packed as damaged",
             u64::from(w.file_block + i) * BLOCK as u64
         );
     }

@@ -1,13 +1,20 @@
 //! `--accept-loss`: a damaged log, kept whole under another name, and ended before its damage.
 
 use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::units::BLOCK;
 use crate::wal::create::SuperblockFile;
+use crate::wal::legible::is_bad_sector;
 use crate::wal::salvage::{end_before_damage, look};
+
+/// Bytes copied at once.
+const COPY: usize = 1 << 20;
 
 /// Ends a log before its damage, if it has any. Before anything is changed it is copied to `LOG.lost-N`.
 ///
@@ -44,7 +51,7 @@ pub(super) async fn accept_loss<D: Disk>(file: &DataFile, disk: &D, sb: &mut Sup
     Ok(())
 }
 
-/// Copies a log to the first name that is free. The name is there only when the copy is whole and durable.
+/// Copies a log to the first name that is free; what cannot be read of it is zeros there. The name is there only when the copy is durable.
 fn keep(path: &Path) -> Result<PathBuf> {
     let named = |end: String| {
         let mut name = path.as_os_str().to_owned();
@@ -56,8 +63,7 @@ fn keep(path: &Path) -> Result<PathBuf> {
         n += 1;
     }
     let (kept, part) = (named(format!(".lost-{n}")), named(format!(".lost-{n}.part")));
-    let copied = fs::copy(path, &part)
-        .and_then(|_| File::open(&part)?.sync_all())
+    let copied = copy_legible(path, &part)
         .and_then(|()| fs::rename(&part, &kept))
         .context(|| format!("copying the damaged log {} to {} before it is changed", path.display(), kept.display()));
     if copied.is_err() {
@@ -67,4 +73,35 @@ fn keep(path: &Path) -> Result<PathBuf> {
     copied?;
     sync_parent(&kept)?;
     Ok(kept)
+}
+
+fn copy_legible(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (File::open(from)?, File::create(to)?);
+    let size = from.metadata()?.len();
+    to.set_len(size)?;
+    let mut buf = vec![0; COPY];
+    let mut at = 0;
+    while at < size {
+        let n = (size - at).min(COPY as u64) as usize;
+        if let Err(e) = copy_range(&from, &to, at, &mut buf[..n]) {
+            if !is_bad_sector(&e) {
+                return Err(e);
+            }
+            for block in (0..n).step_by(BLOCK) {
+                let len = BLOCK.min(n - block);
+                match copy_range(&from, &to, at + block as u64, &mut buf[..len]) {
+                    Err(e) if !is_bad_sector(&e) => return Err(e),
+                    _ => {}
+                }
+            }
+        }
+        at += n as u64;
+    }
+    to.sync_all()
+}
+
+/// A failure to write is told as one of another kind than those of sectors that cannot be read.
+fn copy_range(from: &File, to: &File, at: u64, buf: &mut [u8]) -> io::Result<()> {
+    from.read_exact_at(buf, at)?;
+    to.write_all_at(buf, at).map_err(io::Error::other)
 }

@@ -5,6 +5,7 @@ use std::io;
 use uuid::Uuid;
 
 use super::codec::{MAX_DRAWN, SUPERBLOCK_AT, Superblock};
+use super::legible::read_legible;
 use super::log::Geometry;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -62,7 +63,8 @@ impl SuperblockFile {
                 continue;
             }
             let buf = IoBuf::zeroed(BLOCK);
-            disk.read_at(at, buf.clone()).await.context(|| format!("reading the log's superblock at byte {at}"))?;
+            let bad = read_legible(disk, at, &buf).await;
+            bad.context(|| format!("reading the log's superblock at byte {at}"))?;
             match Superblock::decode(buf.bytes()) {
                 Ok(sb) => {
                     if best.as_ref().is_none_or(|b| b.update < sb.update) {

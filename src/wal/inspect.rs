@@ -7,6 +7,7 @@ use std::cmp::Reverse;
 
 use super::codec::{LogPos, RecordHeader, RecordKind, SegmentHeader, Superblock};
 use super::create::SuperblockFile;
+use super::legible::Legible;
 use super::log::{FileSlots, Geometry, LogEntry, number_entries};
 use super::replay::{Segment, Survey, Walked, geometry_of, survey, walk};
 use crate::checksum::block_crc;
@@ -210,7 +211,7 @@ async fn walk_old<D: Disk>(
         let linked = next.predecessor_end.generation() == header.generation;
         let limit = if linked { next.predecessor_end.offset() } else { sb.segment_bytes };
         let s = Segment { slot, header, limit: slots.clip(slot, limit), newest: false };
-        let mut w = walk(disk, &geometry_of(sb), &s).await?;
+        let mut w = walk(&Legible::new(disk), &geometry_of(sb), &s).await?;
         // Numbers are given once to what counts: what the next segment begins with, this one has only as a torn tail.
         w.records.retain(|r| seq_after(r) <= next.first_seq);
         if w.records.last().map(seq_after) != Some(next.first_seq) {

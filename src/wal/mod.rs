@@ -14,6 +14,7 @@ mod batch;
 pub mod codec;
 pub mod create;
 pub mod inspect;
+pub(crate) mod legible;
 pub mod log;
 pub mod replay;
 pub mod salvage;

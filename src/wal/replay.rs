@@ -5,18 +5,23 @@
 //! Above D a gap is a torn tail, and what follows it was never acknowledged. At or below D only headers are
 //! read (data is checked when it is read or packed); above D data decides too.
 //!
+//! A block that the disk cannot read is never taken for the end of the log, wherever it is: what it held may have been acknowledged. In a
+//! segment that nothing is needed of it does not matter.
+//!
 //! A gap may swallow a segment's header, too, while a later segment's is there: that one *dangles*. It is left behind
 //! like any torn tail, unless a mark in it says that more was durable than the chain holds. This can be told exactly
 //! because a slot is reused only when the next segment's header is durable (`log/slots.rs`): whatever a mark names is
 //! in the chain, or packed, or damaged.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::codec::{
     LogPos, MAX_HEADER_BYTES, RecordHeader, SegmentHeader, Superblock, claimed_generation, decode_record, peek_record,
 };
+use super::legible::Legible;
 use super::log::{FileSlots, Geometry, Live, LogEntry, number_entries};
 use super::salvage::Behind;
 use crate::checksum::block_crc;
@@ -89,6 +94,8 @@ pub(super) struct Survey {
     pub(super) headers: HashMap<u32, (u32, SegmentHeader)>,
     /// Slot and generation of segments with a damaged header.
     pub(super) damaged: Vec<(u32, u32)>,
+    /// Slots of which neither the header can be read nor what would vouch for it.
+    pub(super) illegible: Vec<u32>,
 }
 
 fn corrupt(text: String) -> Error {
@@ -121,9 +128,11 @@ pub const fn geometry_of(sb: &Superblock) -> Geometry {
 ///
 /// # Errors
 /// The I/O error.
-pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots) -> Result<Survey> {
+pub(super) async fn survey<D: Disk>(raw: &D, sb: &Superblock, slots: &FileSlots) -> Result<Survey> {
+    let disk = &Legible::new(raw);
     let geometry = geometry_of(sb);
-    let Headers { good: headers, damaged } = read_segment_headers(disk, sb, &geometry, slots.count()).await?;
+    let Headers { good: headers, damaged, illegible } =
+        read_segment_headers(disk, sb, &geometry, slots.count()).await?;
 
     let mut out = Replay {
         packed: headers.values().map(|(_, h)| h.packed_through).fold(sb.packed_through, Seq::max),
@@ -140,6 +149,10 @@ pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots
             geometry.slot_offset(*slot),
             out.packed
         ))
+    });
+    damage = damage.or_else(|| {
+        let at = geometry.slot_offset(*illegible.first()?);
+        Some(corrupt(format!("the header of a segment of the log cannot be read (byte {at} of the file): entries after {} may have been in it", out.packed)))
     });
     let walked = walk_all(disk, &geometry, &chain).await?;
     let beyond = walk_all(disk, &geometry, &dangling).await?;
@@ -158,7 +171,15 @@ pub(super) async fn survey<D: Disk>(disk: &D, sb: &Superblock, slots: &FileSlots
     let used: Vec<u32> = out.live.iter().map(|l| l.slot).collect();
     out.free = (0..slots.whole).filter(|s| !used.contains(s)).collect();
     let chain = chain.into_iter().zip(walked).collect();
-    Ok(Survey { replay: out, damage, chain, dangling: dangling.into_iter().zip(beyond).collect(), headers, damaged })
+    Ok(Survey {
+        replay: out,
+        damage,
+        chain,
+        dangling: dangling.into_iter().zip(beyond).collect(),
+        headers,
+        damaged,
+        illegible,
+    })
 }
 
 /// Whether a valid segment header is of this very log: not of one that was here before.
@@ -173,9 +194,16 @@ struct Headers {
     good: HashMap<u32, (u32, SegmentHeader)>,
     /// Slot and generation where a header was and its checksum fails.
     damaged: Vec<(u32, u32)>,
+    /// Slots of which neither the header can be read nor the block behind it.
+    illegible: Vec<u32>,
 }
 
-async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geometry, slots: u32) -> Result<Headers> {
+async fn read_segment_headers<D: Disk>(
+    disk: &Legible<'_, D>,
+    sb: &Superblock,
+    geometry: &Geometry,
+    slots: u32,
+) -> Result<Headers> {
     let found: Vec<(u32, IoBuf)> = stream::iter(0..slots)
         .map(|slot| async move {
             // With the block in which the first record begins.
@@ -187,7 +215,7 @@ async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geo
         .buffered(PARALLEL_SEGMENTS)
         .try_collect()
         .await?;
-    let mut out = Headers { good: HashMap::new(), damaged: Vec::new() };
+    let mut out = Headers { good: HashMap::new(), damaged: Vec::new(), illegible: Vec::new() };
     for (slot, buf) in found {
         let (block, record) = buf.bytes().split_at(BLOCK);
         match SegmentHeader::decode(block) {
@@ -196,8 +224,13 @@ async fn read_segment_headers<D: Disk>(disk: &D, sb: &Superblock, geometry: &Geo
             // link of the chain, the gap shows.
             Ok(_) => {}
             Err(_) => {
-                let claimed = claimed_generation(record, sb.volume).filter(|_| SegmentHeader::was_here(block));
+                let at = geometry.slot_offset(slot);
+                let [lost, lost_too] = [0, BLOCK as u64].map(|n| disk.bad_in(at + n..at + n + 1).is_some());
+                // Without a record behind its header a segment holds nothing.
+                let was_here = lost || SegmentHeader::was_here(block);
+                let claimed = claimed_generation(record, sb.volume).filter(|_| was_here);
                 out.damaged.extend(claimed.map(|g| (slot, g)));
+                out.illegible.extend((lost && lost_too).then_some(slot));
             }
         }
     }
@@ -252,11 +285,16 @@ fn link(
     (Vec::new(), dangling)
 }
 
-async fn walk_all<D: Disk>(disk: &D, geometry: &Geometry, segments: &[Segment]) -> Result<Vec<Walked>> {
+async fn walk_all<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, segments: &[Segment]) -> Result<Vec<Walked>> {
     stream::iter(segments).map(|s| walk(disk, geometry, s)).buffered(PARALLEL_SEGMENTS).try_collect().await
 }
 
-async fn read_header<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, offset: u32) -> Result<Option<RecordHeader>> {
+async fn read_header<D: Disk>(
+    disk: &Legible<'_, D>,
+    geometry: &Geometry,
+    s: &Segment,
+    offset: u32,
+) -> Result<Option<RecordHeader>> {
     let at = geometry.slot_offset(s.slot) + u64::from(offset);
     let first = IoBuf::zeroed(BLOCK);
     disk.read_at(at, first.clone()).await.context(|| format!("reading the log at byte {at}"))?;
@@ -275,7 +313,7 @@ async fn read_header<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, offset
 }
 
 /// Follows the records of one segment, and looks past the first gap for later ones.
-pub(super) async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) -> Result<Walked> {
+pub(super) async fn walk<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, s: &Segment) -> Result<Walked> {
     let mut w = Walked { records: Vec::new(), end: BLOCK as u32, past_gap: Vec::new() };
     let mut previous = 0;
     while w.end < s.limit {
@@ -308,7 +346,7 @@ pub(super) async fn walk<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment) ->
 
 /// Joins the segments' chains in order, as far as they are whole. Returns the damage that ends them, if it is that.
 async fn assemble<D: Disk>(
-    disk: &D,
+    disk: &Legible<'_, D>,
     geometry: &Geometry,
     chain: &[Segment],
     walked: &[Walked],
@@ -346,6 +384,7 @@ async fn assemble<D: Disk>(
                 break;
             }
             if record_end > out.durable && !data_is_whole(disk, geometry, s, r).await? {
+                damage = illegible(disk, geometry, s, r.placement.offset..r.placement.offset + r.record_bytes);
                 cut = true;
                 out.torn_bytes += u64::from(r.record_bytes);
                 break;
@@ -359,8 +398,9 @@ async fn assemble<D: Disk>(
             last_seq = Seq(expected.0 - 1);
             end = record_end;
         }
-        if !cut && (w.end < s.limit) && !(s.newest && w.past_gap.is_empty()) {
-            cut = true;
+        if !cut && w.end < s.limit {
+            damage = damage.or_else(|| illegible(disk, geometry, s, w.end..w.end + BLOCK as u32));
+            cut = !(s.newest && w.past_gap.is_empty());
         }
         if damage.is_none() && cut && out.durable > end {
             damage = Some(corrupt(format!(
@@ -385,7 +425,20 @@ async fn assemble<D: Disk>(
     Ok(None)
 }
 
-async fn data_is_whole<D: Disk>(disk: &D, geometry: &Geometry, s: &Segment, r: &RecordHeader) -> Result<bool> {
+/// What cannot be read may have been acknowledged, wherever it is: it is no torn tail. A disk that tears a write has it old or new.
+fn illegible<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, s: &Segment, within: Range<u32>) -> Option<Error> {
+    let start = geometry.slot_offset(s.slot);
+    let at = disk.bad_in(start + u64::from(within.start)..start + u64::from(within.end))?;
+    let of = LogPos::new(s.header.generation, within.start);
+    Some(corrupt(format!("the log's disk cannot read byte {at} of the file, in the record at {of}")))
+}
+
+async fn data_is_whole<D: Disk>(
+    disk: &Legible<'_, D>,
+    geometry: &Geometry,
+    s: &Segment,
+    r: &RecordHeader,
+) -> Result<bool> {
     if r.crcs.is_empty() {
         return Ok(true);
     }

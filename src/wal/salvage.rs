@@ -122,7 +122,8 @@ pub async fn end_before_damage<D: Disk>(disk: &D, size: u64, sb: &mut Superblock
     let mut behind: Vec<(u32, u32)> = good.chain(found.damaged.iter().copied()).collect();
     behind.retain(|(_, generation)| *generation > end.generation());
     behind.sort_unstable_by_key(|(_, generation)| Reverse(*generation));
-    for (slot, _) in behind {
+    // Those that nobody knows first: of the others the newest are wiped first.
+    for slot in found.illegible.iter().copied().chain(behind.into_iter().map(|b| b.0)) {
         // The header, and the record that would vouch for it.
         wipe(disk, geometry.slot_offset(slot), 2 * BLOCK as u64).await?;
         disk.sync().await.context(|| "syncing the log")?;

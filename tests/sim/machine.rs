@@ -14,6 +14,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
+use nix::errno::Errno;
 use vb_ublk::disk::{Disk, IoBuf};
 use vb_ublk::units::{BLOCK, SECTOR};
 use vb_ublk::wal::codec::SLOTS_START;
@@ -63,6 +64,8 @@ struct State {
     refused: u64,
     /// Writes to the superblock do not end from now on; the blocks written since then, and whether one was written twice.
     held: Option<(BTreeSet<usize>, bool)>,
+    /// Blocks that cannot be read until they are written.
+    bad: BTreeSet<usize>,
 }
 
 fn lay(image: &mut Vec<u8>, offset: usize, data: &[u8]) {
@@ -90,7 +93,13 @@ impl SimDisk {
             room: usize::MAX,
             refused: 0,
             held: None,
+            bad: BTreeSet::new(),
         })))
+    }
+
+    /// The block at that byte cannot be read until it is written.
+    pub(crate) fn lose_block(&self, at: u64) {
+        self.0.borrow_mut().bad.insert(at as usize);
     }
 
     /// No write to the superblock ends any more.
@@ -285,6 +294,9 @@ impl Disk for SimDisk {
     async fn read_at(&self, offset: u64, dst: IoBuf) -> io::Result<()> {
         let s = self.0.borrow();
         let at = offset as usize;
+        if s.bad.range(at..at + dst.len()).next().is_some() {
+            return Err(io::Error::from_raw_os_error(Errno::EIO as i32));
+        }
         let from = s.visible.get(at..at + dst.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         dst.copy_in(0, from);
         Ok(())
@@ -295,6 +307,8 @@ impl Disk for SimDisk {
         assert!(bufs.len() <= 1000, "a vectored write takes 1000 buffers, not {}", bufs.len());
         let mut data = Vec::with_capacity(bufs.iter().map(IoBuf::len).sum());
         bufs.iter().for_each(|b| data.extend_from_slice(b.bytes()));
+        let written = offset as usize..offset as usize + data.len();
+        self.0.borrow_mut().bad.retain(|at| !written.contains(at));
         self.submit(What::Write { write: Write { number: 0, offset: offset as usize, data, pinned: false }, dsync })
             .await
     }

@@ -1,6 +1,8 @@
 //! Damage, failures and batches that are too large, one by one.
 
 use super::*;
+use vb_ublk::wal::codec::SUPERBLOCK_AT;
+use vb_ublk::wal::salvage::end_before_damage;
 
 /// Slot 0: segment header, record 1 with a block (durable), record 2 with a block, which says so.
 fn two_records() -> Vec<u8> {
@@ -42,6 +44,61 @@ fn damage_is_told_from_a_torn_tail_by_the_durable_mark() {
         assert_eq!(r.entries.len(), 1, "{what}");
         assert_eq!(r.end, LogPos::new(1, 3 * BLOCK as u32), "{what}");
     }
+}
+
+/// What a disk cannot read may have been acknowledged, wherever it is: no such block is taken for the end of the log.
+#[test]
+fn a_block_that_cannot_be_read_is_no_torn_tail() {
+    let image = two_records();
+    let block = |n: u64| SLOTS_START + n * BLOCK as u64;
+    let second = u64::from(SEGMENT) / BLOCK as u64;
+    // What is lost, and how many entries are left before it; `None`: nothing that matters is.
+    let cases = [
+        (vec![0], Some(0)),
+        (vec![1], Some(0)),
+        (vec![2], None),
+        (vec![3], Some(1)),
+        (vec![4], Some(1)),
+        // The end of the log, and the header of a segment that was never used, of which the next block tells.
+        (vec![5], Some(2)),
+        (vec![second], None),
+        (vec![second, second + 1], Some(2)),
+    ];
+    for (lost, left) in cases {
+        let disk = SimDisk::new(image.clone());
+        lost.iter().for_each(|n| disk.lose_block(block(*n)));
+        let (sb, r) = ready(replay_disk(&disk));
+        let Some(left) = left else {
+            let r = r.unwrap_or_else(|e| panic!("{lost:?}: {e}"));
+            assert_eq!((r.entries.len(), r.torn_bytes), (2, 0), "{lost:?}");
+            continue;
+        };
+        let e = r.expect_err("it is refused");
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{lost:?}: {e}");
+        assert!(
+            lost == [0]
+                || e.to_string().contains("cannot be read")
+                || e.to_string().contains("cannot read")
+                || e.to_string().contains("damaged at"),
+            "{lost:?}: {e}"
+        );
+        let (d, mut small_sb) = (disk.clone(), SuperblockFile { current: small(&sb.current) });
+        quietly(&disk, async move |_| {
+            end_before_damage(&d, d.size(), &mut small_sb).await.unwrap_or_else(|e| panic!("{lost:?}: {e}"));
+            let r = replay(&d, d.size(), &small_sb.current).await.unwrap();
+            assert_eq!(r.entries.len(), left, "{lost:?}");
+        });
+    }
+    // A disk that reads nothing at all may come back, and everything with it.
+    let disk = SimDisk::new(image.clone());
+    let (sb, _) = ready(replay_disk(&disk));
+    (0..image.len()).step_by(BLOCK).for_each(|at| disk.lose_block(at as u64));
+    let e = ready(replay(&disk, disk.size(), &small(&sb.current))).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Io, "{e}");
+    // One copy of the superblock is enough.
+    let disk = SimDisk::new(image);
+    disk.lose_block(SUPERBLOCK_AT[(sb.current.update % 2) as usize ^ 1]);
+    assert_eq!(ready(replay_disk(&disk)).1.unwrap().entries.len(), 2);
 }
 
 /// Three segments; `synced`: everything is durable, and the last record says so.
