@@ -22,6 +22,9 @@ use futures_util::future::{Either, select};
 use super::{ObjectMeta, Op, Precondition, Store, Version};
 use crate::error::{Error, ErrorKind, Result};
 
+/// Longer than any outage. Not `Duration::MAX`, to which no time can be added.
+const FOREVER: Duration = Duration::from_secs(20 * 365 * 86_400);
+
 /// How often and how long to try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
@@ -75,10 +78,11 @@ impl Policy {
         }
     }
 
-    /// For lanes' reads of chunks, which wait for whatever may pass: as [`Policy::background`], refusals included.
+    /// For lanes' reads of chunks, which wait for whatever may pass, refusals included, for as long as it takes: it is the request's
+    /// timeout that ends them, or the end of the volume.
     #[must_use]
     pub const fn serving() -> Self {
-        Self { until_allowed: true, ..Self::background() }
+        Self { until_allowed: true, deadline: FOREVER, ..Self::background() }
     }
 
     /// The pause before try `n` (the second is 1): full jitter, `random` spread over 0 ..= min(cap, base·2ⁿ⁻¹).
