@@ -372,6 +372,12 @@ pub fn key(name: &str) -> String {
     format!("{name}/manifest.json")
 }
 
+/// The key of a manifest while what it names is being deleted: who was its parent is told by that alone then.
+#[must_use]
+pub fn deleted_key(name: &str) -> String {
+    format!("{name}/manifest.json.deleted")
+}
+
 /// A checkpoint part's key below the volume's prefix.
 #[must_use]
 pub fn part_key(number: u64, epoch: Epoch, nonce: Nonce, part: usize) -> String {

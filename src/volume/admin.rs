@@ -99,7 +99,8 @@ pub async fn info(store: &dyn Store, name: &str) -> Result<Manifest> {
 }
 
 /// Deletes every object of a volume, the manifest first: what an interruption leaves is no volume any more, and the
-/// next delete of the name removes the rest. Returns the number of objects.
+/// next delete of the name removes the rest. Of a clone a copy of the manifest is left till last, which says what its parent has to
+/// forget. Returns the number of objects.
 ///
 /// # Errors
 /// `Busy` when somebody has it attached (unless `force`), or when volumes were cloned from it; `NotFound`, the store's.
@@ -107,9 +108,16 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     manifest::check_name(name)?;
     let prefix = manifest::prefix(name);
     let manifest_key = manifest::key(name);
+    let deleted_key = manifest::deleted_key(name);
     let what = format!("volume {name:?}");
     let rest = async || -> Result<Vec<String>> {
-        Ok(store.list(&prefix, None).await?.into_iter().map(|o| o.key).filter(|k| *k != manifest_key).collect())
+        Ok(store
+            .list(&prefix, None)
+            .await?
+            .into_iter()
+            .map(|o| o.key)
+            .filter(|k| *k != manifest_key && *k != deleted_key)
+            .collect())
     };
     let mut was = None;
     match Published::load(store, name).await {
@@ -126,10 +134,15 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
             // Before the mark, which a host that has it attached would notice.
             not_needed(store, name, None, &what).await?;
             mark_deleted(store, &mut p, if force { By::Force } else { By::Anybody }).await?;
+            if !p.manifest.parents.is_empty() {
+                let copy = p.manifest.encode()?.into();
+                store.put(&deleted_key, copy).await.map_err(|e| e.context(format!("writing {deleted_key}")))?;
+            }
             was = Some(p.manifest);
         }
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            if rest().await?.is_empty() {
+            was = interrupted(store, &deleted_key).await?;
+            if was.is_none() && rest().await?.is_empty() {
                 return Err(e);
             }
             not_needed(store, name, None, &what).await?;
@@ -149,5 +162,16 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     if let Some(m) = was {
         forget_parent(store, &m).await?;
     }
+    store.delete(&deleted_key).await.map_err(|e| e.context(format!("deleting {deleted_key}")))?;
     Ok(keys.len() as u64 + 1)
+}
+
+/// The manifest of a clone whose deletion was interrupted.
+async fn interrupted(store: &dyn Store, deleted_key: &str) -> Result<Option<Manifest>> {
+    match store.get(deleted_key).await {
+        // One that cannot be read says nothing; the parent forgets it when its snapshot goes.
+        Ok((bytes, _)) => Ok(Manifest::decode(&bytes).ok()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e.context(format!("reading {deleted_key} in {}", store.url()))),
+    }
 }

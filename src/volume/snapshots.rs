@@ -2,7 +2,7 @@
 //!
 //! A snapshot is an entry in the manifest. Its maker publishes it with the checkpoint that it names (`background::checkpoint` while the
 //! volume is attached, [`create`] while it is not). A clone is a manifest whose map begins as a snapshot's, and an object at that snapshot's
-//! volume, the *ref*, that says so. Making one costs five requests to the store, whatever the size.
+//! volume, the *ref*, that says so. Making one costs six requests to the store, whatever the size.
 //!
 //! Invariants:
 //! - *Clone*: put the ref; put the manifest; then look at the snapshot once more. If it is gone or marked, undo.
