@@ -46,6 +46,8 @@ pub struct Policy {
     pub pause: Duration,
     /// Objects that count for nothing are deleted when they have been seen for so long.
     pub grace: Duration,
+    /// Between two lists of the store, which find what others have uploaded late.
+    pub relist: Duration,
 }
 
 impl Policy {
@@ -71,6 +73,7 @@ impl Default for Policy {
             slack_blocks: 1024,
             pause: Duration::from_secs(5),
             grace: Duration::from_secs(3600),
+            relist: Duration::from_secs(6 * 3600),
         }
     }
 }

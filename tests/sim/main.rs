@@ -174,20 +174,50 @@ fn no_room_is_used_again_before_the_mark_is_durable() {
     }
 }
 
+/// A short life cut at each of its operations, from the first to its end.
 #[test]
 fn a_crash_at_every_operation() {
-    for how in [Crash::Process, Crash::Power] {
-        for at in 1..400 {
-            let world = World::new(1);
-            let load = Load { lanes: 1, workers: 2, requests: 10, breaks: false, overlaps: false };
-            world.life(load, at);
+    let load = Load { lanes: 1, workers: 2, requests: 40, breaks: false, overlaps: false };
+    for (seed, how) in [(1, Crash::Process), (1, Crash::Power), (3, Crash::Process), (3, Crash::Power)] {
+        let mut judged = 0;
+        for at in 1.. {
+            let _named = Point { seed, at, how };
+            let world = World::new(seed);
+            let ended = world.life(load, at);
             world.crash(how);
             // Once more while recovering.
             world.life(load, 1 + at / 8);
             world.crash(how);
-            world.life(Load { requests: 0, ..load }, u64::MAX);
-            world.lose_host();
-            world.life(Load { requests: 0, ..load }, u64::MAX);
+            the_store_alone(&world, Load { requests: 0, ..load });
+            judged += world.seen().judged;
+            if ended {
+                println!("world {seed}, {how:?}: {at} operations");
+                assert!(at > 100 && judged >= 2 * at - 2, "{at} operations, judged {judged} times");
+                break;
+            }
+        }
+    }
+}
+
+/// A life cut somewhere, and what comes after it cut at each of its own operations: replay, attach, what it uploads, and its end.
+#[test]
+fn a_crash_at_every_operation_of_a_recovery() {
+    let load = Load { lanes: 1, workers: 2, requests: 10, breaks: false, overlaps: false };
+    let step = if std::env::var("VB_SIM_SEEDS").is_ok() { 5 } else { 60 };
+    for (first, how) in (30..300).step_by(step).flat_map(|at| [(at, Crash::Process), (at, Crash::Power)]) {
+        for at in 1.. {
+            let _named = Point { seed: first, at, how };
+            let world = World::new(1);
+            world.life(load, first);
+            world.crash(how);
+            let ended = world.life(Load { requests: 0, ..load }, at);
+            world.crash(how);
+            the_store_alone(&world, Load { requests: 0, ..load });
+            assert!(world.seen().judged >= 2, "{:?}", world.seen());
+            if ended {
+                assert!(at > 10, "only {at} operations");
+                break;
+            }
         }
     }
 }
@@ -341,6 +371,7 @@ fn what_is_collected_is_garbage() {
     if std::env::var("VB_SIM_SEEDS").is_err() {
         let enough = all.judged > 500
             && all.deleted > 1000
+            && all.garbage > 500
             && all.moved > 500
             && all.snapshots > 300
             && all.exact > 50

@@ -13,7 +13,10 @@ use std::task::{Context, Poll, Waker};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use vb_ublk::chunk::header::parse_key;
 use vb_ublk::error::{Error, ErrorKind, Result};
+use vb_ublk::gc::scan;
+use vb_ublk::manifest;
 use vb_ublk::store::memory::MemoryStore;
 use vb_ublk::store::{ObjectMeta, Precondition, Store, Version};
 
@@ -45,6 +48,8 @@ struct State {
     late: u64,
     /// Calls other than changes of chunks that got no answer, or a refusal.
     refused: u64,
+    /// Chunks that were deleted, each seen to be garbage at that moment.
+    garbage: u64,
 }
 
 /// Clones are one store.
@@ -106,7 +111,8 @@ impl Drop for Flying {
 
 impl SimStore {
     pub(crate) fn new(seed: u64, trouble: u64, rough: u64) -> Self {
-        let state = State { rng: Rng(seed), next: 0, steps: BTreeMap::new(), trouble, rough, late: 0, refused: 0 };
+        let state =
+            State { rng: Rng(seed), next: 0, steps: BTreeMap::new(), trouble, rough, late: 0, refused: 0, garbage: 0 };
         Self { objects: Arc::new(MemoryStore::new()), state: Arc::new(Mutex::new(state)) }
     }
 
@@ -118,6 +124,11 @@ impl SimStore {
     /// How many calls other than changes of chunks were disturbed.
     pub(crate) fn refused(&self) -> u64 {
         self.state().refused
+    }
+
+    /// How many chunks were deleted and seen to be garbage.
+    pub(crate) fn garbage(&self) -> u64 {
+        self.state().garbage
     }
 
     /// The objects, without steps and troubles.
@@ -144,8 +155,36 @@ impl SimStore {
         match effect {
             Effect::Put(key, body) => self.objects.put(&key, body).await.map(|()| None),
             Effect::PutIf(key, body, condition) => self.objects.put_if(&key, body, condition).await.map(Some),
-            Effect::Delete(key) => self.objects.delete(&key).await.map(|()| None),
+            Effect::Delete(key) => {
+                at_once(self.is_garbage(&key));
+                self.objects.delete(&key).await.map(|()| None)
+            }
         }
+    }
+
+    /// Whoever deletes a chunk, whenever that comes to be: no published map names it, no snapshot's, and it is none that an attach would look for.
+    async fn is_garbage(&self, key: &str) {
+        let Some((volume, (chunk, epoch, nonce))) =
+            key.split_once("/chunks/").and_then(|(v, c)| Some((v, parse_key(c)?)))
+        else {
+            return;
+        };
+        // The rest of a volume that is being deleted is nobody's.
+        let Ok((known, _, m)) = scan::look(&*self.objects, volume).await else {
+            assert!(
+                self.objects.get(&manifest::key(volume)).await.is_err(),
+                "{volume} cannot be read when {key} is deleted"
+            );
+            return;
+        };
+        if m.deleting.is_some() || m.owner(chunk) != Some((epoch, nonce)) {
+            return;
+        }
+        assert!(chunk <= m.last_chunk(), "{key} is deleted, but the checkpoint ends before it");
+        assert!(!known.held.contains(&chunk), "{key} is deleted, but a snapshot names it");
+        let live = known.usage.stored(chunk).find(|(c, _)| *c == chunk).map_or(0, |(_, c)| c.live);
+        assert_eq!(live, 0, "{key} is deleted, but the published map names it");
+        self.state().garbage += 1;
     }
 
     /// 0: nothing happens to this call; else 1 to 3.
@@ -190,6 +229,17 @@ impl SimStore {
     }
 }
 
+/// Runs what waits for nothing, though it may give way to others.
+fn at_once<T>(work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    let mut cx = Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(done) = work.as_mut().poll(&mut cx) {
+            return done;
+        }
+    }
+}
+
 fn slow_down() -> Error {
     Error::new(ErrorKind::Throttled, "slow down")
 }
@@ -215,7 +265,7 @@ impl Source for SimStore {
             Step::Late(effect) => {
                 self.state().steps.remove(&id);
                 // Nobody hears whether it was refused.
-                let _ = futures_util::FutureExt::now_or_never(self.apply(effect)).expect("memory never waits");
+                let _ = at_once(self.apply(effect));
                 false
             }
             Step::Done => unreachable!("ended twice"),

@@ -92,6 +92,8 @@ pub(crate) struct Seen {
     pub(crate) exact: u64,
     /// Clones that came to stand alone.
     pub(crate) alone: u64,
+    /// Chunks that were deleted, each while nothing that was published named it.
+    pub(crate) garbage: u64,
     /// Calls of the store other than changes of chunks that were disturbed.
     pub(crate) refused: u64,
     /// Times that the log's disk had no room for it to grow.
@@ -107,6 +109,7 @@ impl Seen {
             judged: self.judged + b.judged,
             taken: self.taken + b.taken,
             late: self.late + b.late,
+            garbage: self.garbage + b.garbage,
             drained: self.drained + b.drained,
             promised: self.promised + b.promised,
             groups: self.groups + b.groups,
@@ -278,6 +281,7 @@ impl World {
         Seen {
             taken: self.shared.oracle.borrow().taken(),
             late: self.store.late(),
+            garbage: self.store.garbage(),
             refused: self.store.refused(),
             ..self.shared.seen.get()
         }

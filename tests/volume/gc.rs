@@ -1,6 +1,6 @@
 //! Garbage collection: what is overwritten or discarded gives its space back, and nothing else does.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vb_ublk::error::ErrorKind;
 use vb_ublk::gc::Policy;
@@ -182,6 +182,38 @@ fn readers_and_writers_see_nothing_of_it() {
     let host = bench.attach().unwrap();
     on_lane(host.volume(), async |e| compare(&e, &model, "after a death").await);
     host.detach().unwrap();
+}
+
+/// What comes late while a volume is attached for long, is found by a later list; it is kept until its grace is over, and then deleted, with
+/// nobody asking.
+#[test]
+fn what_comes_late_is_found_and_has_its_grace() {
+    const GRACE: Duration = Duration::from_secs(2);
+    let bench = Bench::new(SIZE);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 0, 64, 7).await);
+    host.detach().unwrap();
+    let gc = Policy { grace: GRACE, relist: Duration::from_millis(1500), ..eager() };
+    let host = Host::attach(AttachOptions { gc, ..bench.options() }).unwrap();
+    on_lane(host.volume(), async |e| put(&e, 64, 64, 8).await);
+    drain(host.volume());
+    let store = bench.store();
+    let keys = block_on(store.list("vol/chunks/", None)).unwrap();
+    let body = block_on(store.get(&keys[0].key)).unwrap().0;
+    // Long past the list that an attachment begins with.
+    collect(&host);
+    let (number, oldest) = keys[0].key.rsplit('/').next().unwrap().split_once('-').unwrap();
+    let late = format!("vol/chunks/{:016x}-{oldest}", u64::from_str_radix(number, 16).unwrap() + 2);
+    block_on(store.put(&late, body)).unwrap();
+    let came = Instant::now();
+    while block_on(store.get(&late)).is_ok() {
+        assert!(came.elapsed() < 10 * GRACE, "{late} is still there");
+        pause(Duration::from_millis(50));
+    }
+    assert!(came.elapsed() >= GRACE, "deleted after {:?}", came.elapsed());
+    on_lane(host.volume(), async |e| assert_eq!((get(&e, 10).await, get(&e, 70).await), (Ok(7), Ok(8))));
+    host.detach().unwrap();
+    is_well(&bench, "vol");
 }
 
 /// Nobody waits an hour for what was ordered, nor for the next attachment.

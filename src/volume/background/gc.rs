@@ -138,6 +138,8 @@ pub(super) struct Gc {
     orphans: BTreeMap<String, Duration>,
     /// Those of an order: the store is to be listed again for it; they have been tried.
     relist: bool,
+    /// When it was listed last.
+    listed: Duration,
     orphans_tried: bool,
     /// Checkpoints since leftovers were looked for.
     untidy: u32,
@@ -183,6 +185,7 @@ impl Gc {
             looked: Duration::ZERO,
             orphans: BTreeMap::new(),
             relist: false,
+            listed: Duration::ZERO,
             orphans_tried: false,
             untidy: 0,
             parts: Default::default(),
@@ -343,6 +346,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.gc.wants_checkpoint = true;
             return;
         };
+        if now.saturating_sub(self.gc.listed) >= self.volume.gc.relist {
+            self.gc.relist = true;
+            self.gc.uncounted = true;
+        }
         let snapshots: Vec<Uuid> = m.snapshots.iter().map(|s| s.id).collect();
         if self.gc.uncounted || self.gc.counted.as_ref().is_none_or(|c| c.1 != snapshots) {
             self.gc.uncounted = false;

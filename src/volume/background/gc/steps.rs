@@ -29,6 +29,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let mut known = known.unwrap_or_else(|| Box::new(Known::new(of.image.volume_blocks())));
         let (store, bound) = (self.gc.store.clone(), self.applied_chunk);
         let again = std::mem::take(&mut self.gc.relist);
+        if again || !known.listed {
+            self.gc.listed = self.timer.now();
+        }
         self.gc.busy = true;
         self.spawn(async move {
             let result = async {
