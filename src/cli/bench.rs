@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -13,13 +13,13 @@ use super::args::BenchArgs;
 use super::engine::{self, AttachOptions, Attached, CreateOptions, View};
 use super::orders::for_a_while;
 use super::output::{print, print_json, table};
+use super::pause;
 use super::place::{cache_folder, forget_cache, wal_file};
 use super::progress::Progress;
 use super::settings::{LogPlace, Settings};
 use super::signals::Signals;
 use super::snapshot::whole;
 use super::state::{RunDir, remove_if_there};
-use super::{complain, pause};
 use crate::bench::disk::OpenDisk;
 use crate::bench::figures::Figures;
 use crate::bench::nbd::{NbdTarget, NbdUri};
@@ -35,15 +35,8 @@ const OWN_SIZE: ByteSize = ByteSize(1 << 30);
 const LOOK: Duration = Duration::from_millis(100);
 
 pub(super) fn run(settings: &Settings, args: &BenchArgs) -> Result<()> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let (stops, mut asked) = (Arc::clone(&stop), false);
-    Signals::block()?.heed("kill -9", move |_| {
-        if std::mem::replace(&mut asked, true) {
-            complain("stopped at once: a volume that was made for this, bench-…, is left as it is");
-            std::process::exit(1);
-        }
-        stops.store(true, Ordering::Relaxed);
-    })?;
+    let last_word = "stopped at once: a volume that was made for this, bench-…, is left as it is";
+    let stop = Signals::block()?.flag("kill -9", last_word)?;
     only_for_volumes(args)?;
     let (over, outcome) = match (&args.volume, &args.nbd, &args.device) {
         (_, Some(uri), _) => (uri.to_string(), over_nbd(args, uri, &stop)?),

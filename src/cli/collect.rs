@@ -23,9 +23,10 @@ pub(super) fn run(settings: &Settings, args: &GcArgs) -> Result<()> {
             return print_json(&found);
         }
         let [stored, live, kept, garbage] = figures(&found);
+        let orphans = found["orphans"].as_u64().unwrap_or(0);
         return print(&format!(
-            "volume {name} takes {stored} in {url}; {live} of it are live, {kept} snapshots keep, and {garbage} would come back (as of its last \
-             checkpoint)\n"
+            "volume {name} takes {stored} in {url}; {live} of it are live, {kept} snapshots keep, and {garbage} would come back, with {orphans} objects that \
+             count for nothing (as of its last checkpoint)\n"
         ));
     }
     let space = if ordered(settings, &args.volume, &Order::CollectGarbage)? {
@@ -38,7 +39,15 @@ pub(super) fn run(settings: &Settings, args: &GcArgs) -> Result<()> {
         return print_json(&json!({ "volume": name, "space": space }));
     }
     let [stored, live, kept, _] = figures(&space);
-    print(&format!("volume {name} takes {stored} in {url} now: {live} are live, {kept} snapshots keep\n"))
+    let cost = |key: &str| human_bytes(space[key].as_u64().unwrap_or(0));
+    print(&format!(
+        "volume {name} takes {stored} in {url} now: {live} are live, {kept} snapshots keep\nsince it was attached this has cost {} requests, {} read and {} \
+         written; {} chunks are deleted\n",
+        space["gc_requests"],
+        cost("gc_read_bytes"),
+        cost("gc_written_bytes"),
+        space["gc_deleted_chunks"]
+    ))
 }
 
 /// What is stored, live, kept by snapshots, and garbage, for people.

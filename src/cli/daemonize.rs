@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -51,6 +51,7 @@ pub(super) enum Side {
 pub(super) fn daemonize(log: &Path) -> Result<Side> {
     let opening = || format!("opening the daemon's log {}", log.display());
     let log_file = OpenOptions::new().append(true).create(true).mode(0o600).open(log).context(opening)?;
+    let before = log_file.metadata().context(opening)?.len();
     let null = OpenOptions::new().read(true).open("/dev/null").context(|| "opening /dev/null")?;
     let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| Error::io("making a pipe", e.into()))?;
     // What is threaded must not fork: the child would have the locks of threads that it does not have.
@@ -64,7 +65,11 @@ pub(super) fn daemonize(log: &Path) -> Result<Side> {
     match forked.map_err(|e| Error::io("starting the daemon", e.into()))? {
         ForkResult::Parent { child } => {
             drop(write);
-            heed(File::from(read), child, log).map(Side::Parent)
+            let device = heed(File::from(read), child, log)?;
+            for warning in warnings(log, before) {
+                super::complain(&warning);
+            }
+            Ok(Side::Parent(device))
         }
         ForkResult::Child => {
             drop(read);
@@ -100,6 +105,27 @@ fn settle(null: &File, log: &File) -> Result<()> {
     done.map_err(|e| Error::io("becoming a daemon", e.into()))
 }
 
+/// What a log warns of, from byte `from` on: each warning once, as far as it can be read.
+fn warnings(log: &Path, from: u64) -> Vec<String> {
+    let mut text = Vec::new();
+    // What cannot be read here still is in the log.
+    let _ = File::open(log).and_then(|mut f| {
+        f.seek(SeekFrom::Start(from))?;
+        f.take(MAX_REPORT).read_to_end(&mut text)
+    });
+    let mut out: Vec<String> = Vec::new();
+    for line in String::from_utf8_lossy(&text).lines() {
+        // A time, the level, the words.
+        let (_, rest) = line.split_once(' ').unwrap_or_default();
+        let (level, words) = rest.trim_start().split_once(' ').unwrap_or_default();
+        let words = words.trim_start();
+        if level == "WARN" && !out.iter().any(|w| w == words) {
+            out.push(words.to_owned());
+        }
+    }
+    out
+}
+
 /// Waits for the child's report.
 fn heed(pipe: File, child: Pid, log: &Path) -> Result<String> {
     let mut report = String::new();
@@ -119,4 +145,21 @@ fn heed(pipe: File, child: Pid, log: &Path) -> Result<String> {
     };
     let what = format!("the daemon (process {child}) died without a word; {end}: see its log {}", log.display());
     Err(Error::new(ErrorKind::Internal, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_starts_a_daemon_is_told_what_it_warns_of() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let log = dir.path().join("log");
+        let old = "2026-11-20T10:00:00.1Z  WARN of yesterday\n";
+        let new = "2026-11-21T10:00:00.1Z  INFO all is well\n2026-11-21T10:00:00.2Z  WARN the log was set aside as x\nno line of ours\n\n\
+                   2026-11-21T10:00:00.3Z  WARN the log was set aside as x\n2026-11-21T10:00:00.4Z ERROR that is reported\n";
+        std::fs::write(&log, format!("{old}{new}")).expect("written");
+        assert_eq!(warnings(&log, old.len() as u64), ["the log was set aside as x"]);
+        assert!(warnings(&dir.path().join("none"), 0).is_empty());
+    }
 }

@@ -4,6 +4,7 @@ pub(super) mod images;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,11 +24,12 @@ use crate::manifest::{By, Manifest, Published, Snapshot};
 use crate::store::retry::{Policy, Retry};
 use crate::store::{self, Store, StoreOptions, StoreUrl};
 use crate::time::now_unix;
-use crate::units::Nonce;
+use crate::units::{BLOCK, Nonce};
 use crate::volume::host::{Host, who};
 use crate::volume::lane::VolumeLane;
 use crate::volume::{Command, Volume, admin, rebuild, resize, snapshots, verify};
 use crate::wal;
+use crate::wal::codec::{SUPERBLOCK_AT, Superblock};
 
 pub(super) use crate::cache::{Place as CachePlace, check_size as check_cache_size, file_in as cache_file};
 pub(super) use crate::disk::file::sync_parent;
@@ -73,6 +75,25 @@ fn with_shared<T>(
         let store: Arc<dyn Store> = Arc::new(Retry::new(store, policy));
         f(&store).await
     })
+}
+
+/// Whether this program can read the log at `path`, which its daemon may be writing to at this moment: as far as a superblock tells.
+///
+/// # Errors
+/// `Unsupported` when no copy of it can be read by this program; the I/O error.
+pub(super) fn knows_log(path: &Path) -> Result<()> {
+    let file = File::open(path).context(|| format!("opening the log {}", path.display()))?;
+    let mut why = Vec::new();
+    for at in SUPERBLOCK_AT {
+        let mut block = [0; BLOCK];
+        file.read_exact_at(&mut block, at).context(|| format!("reading the log {} at byte {at}", path.display()))?;
+        match Superblock::decode(&block) {
+            Ok(_) => return Ok(()),
+            Err(e) => why.push(e.to_string()),
+        }
+    }
+    let what = format!("this vb-ublk cannot read the log {}: {}", path.display(), why.join("; "));
+    Err(Error::new(ErrorKind::Unsupported, what))
 }
 
 pub(super) fn json(v: &impl serde::Serialize) -> Result<Value> {

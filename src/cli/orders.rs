@@ -1,6 +1,7 @@
 //! What takes its time and is done by whoever has the volume attached: its daemon on this host, or this process for as long as it takes.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -13,6 +14,7 @@ use super::engine::{AttachOptions, Attached, Collect, View};
 use super::pause;
 use super::place::{DEFAULT_WAL, log_at};
 use super::settings::{LogPlace, Settings};
+use super::signals::Signals;
 use super::state::{Held, RunDir};
 use crate::config::{ByteSize, FlushTo, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
@@ -84,10 +86,10 @@ pub(super) fn for_a_while(
 }
 
 /// Attaches the volume for as long as it takes. A log of this host's that has something for it is uploaded on the way.
-/// Returns its status after that. `meanwhile` is called now and then.
+/// Returns its status after that. `meanwhile` is called now and then. A signal ends it, with the volume detached.
 ///
 /// # Errors
-/// Those of attaching and detaching, and the order's own.
+/// Those of attaching and detaching, and the order's own; `Interrupted` after a signal.
 pub(super) fn offline(
     settings: &Settings,
     volume: &VolumeName,
@@ -97,12 +99,18 @@ pub(super) fn offline(
 ) -> Result<Value> {
     // The daemon's own log: another would leave that one as an older attachment's.
     let (_held, options) = for_a_while(settings, volume, &settings.log_place(log.place()), None)?;
+    let last_word = "stopped at once: the volume was attached for this, and is until this host attaches it again";
+    let stop = Signals::block()?.flag("kill -9", last_word)?;
     let attached = Attached::attach(options)?;
     let view = attached.view();
     let done = view.order(order).and_then(|mut answer| {
         loop {
             match answer.try_recv() {
                 Ok(done) => return done,
+                Err(TryRecvError::Empty) if stop.load(Ordering::Relaxed) => {
+                    let what = format!("stopped before volume {volume} was done; what is done of it stays so");
+                    return Err(Error::new(ErrorKind::Interrupted, what));
+                }
                 Err(TryRecvError::Empty) => meanwhile(&view),
                 Err(TryRecvError::Closed) => {
                     let what = "the volume's background has ended before it was done";

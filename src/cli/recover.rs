@@ -22,7 +22,7 @@ use super::state::{Held, How, RunDir, State};
 use super::{control, pause};
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::StoreOptions;
+use crate::store::{StoreOptions, StoreUrl};
 
 /// How long a killed process may take to let go of its lock.
 const DYING: Duration = Duration::from_secs(10);
@@ -213,6 +213,9 @@ fn end(run: &RunDir, state: &State) -> Result<()> {
     if engine::device(n)?.is_none_or(|d| !d.is_recoverable()) {
         return refuse(ErrorKind::Unsupported, "has a device that this kernel cannot recover (Linux 6.1 can)".into());
     }
+    // What the new process could not take up is not left without one.
+    state.store.parse::<StoreUrl>().map_err(|e| e.context(format!("upgrading volume {volume}, which is served on")))?;
+    engine::knows_log(&state.wal).map_err(|e| e.context(format!("upgrading volume {volume}, which is served on")))?;
     // It has to be this very process, and past its attaching and before its detaching.
     let status = control::status(&run.socket_path(volume)?)?;
     if status["state"] != "serving" || status["pid"] != state.pid {

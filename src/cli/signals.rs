@@ -3,6 +3,9 @@
 //! Invariant: they are blocked before the first thread starts, and taken from a signalfd: they interrupt no control
 //! command of the ublk driver, and no thread but the one that waits for them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -51,6 +54,23 @@ impl Signals {
                 std::future::pending().await
             }
         })
+    }
+
+    /// Starts the thread that takes them, and raises the flag with the first one. A second one ends the process, with that for a last
+    /// word. `instead` as for [`Self::heed`].
+    ///
+    /// # Errors
+    /// As for [`Self::heed`].
+    pub(super) fn flag(self, instead: &'static str, last_word: &'static str) -> Result<Arc<AtomicBool>> {
+        let raised = Arc::new(AtomicBool::new(false));
+        let raise = raised.clone();
+        self.heed(instead, move |_| {
+            if raise.swap(true, Ordering::Relaxed) {
+                super::complain(last_word);
+                std::process::exit(1);
+            }
+        })?;
+        Ok(raised)
     }
 
     /// Starts the thread that calls `heed` with each, for as long as the process lives. `instead` is how to stop the

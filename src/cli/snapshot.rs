@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::args::{CloneArgs, SnapshotCommand};
+use super::claim::no_snapshot_served_here;
 use super::control::Order;
 use super::engine;
 use super::engine::images::{self, ChangeKind, Diff, bytes_of};
@@ -71,6 +72,7 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
         }
         SnapshotCommand::Delete { volume, name, json } => {
             whole(volume)?;
+            no_snapshot_served_here(settings, volume, Some(name))?;
             if !ordered(settings, volume, &Order::DeleteSnapshot { name: name.clone() })? {
                 engine::delete_snapshot(url, opts, volume.as_str(), name)?;
             }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::args::VolumeCommand;
-use super::claim::attached_here;
+use super::claim::{attached_here, no_snapshot_served_here};
 use super::control::Order;
 use super::engine::{self, CreateOptions};
 use super::orders::ordered;
@@ -71,6 +71,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
         VolumeCommand::Flatten(args) => super::flatten::run(settings, args),
         VolumeCommand::Delete { volume, force, json } => {
             not_attached_here(settings, volume)?;
+            no_snapshot_served_here(settings, volume, None)?;
             let objects = engine::delete(url, opts, volume.as_str(), *force)?;
             forget_cache(settings.add.cache.cache_dir.clone(), settings, volume);
             if json.json {
