@@ -110,13 +110,22 @@ pub struct Sources<'a, D: Disk> {
     pub suspects: &'a Suspects,
 }
 
-/// Chunks that look damaged, by how many builds of groups in a row have found them so. What is packed as lost stays lost, while a
-/// proxy that cuts answers short, or sends a page of its own for them, is right again after a while.
+/// What looks damaged, by how many builds of groups in a row have found it so. What is packed as lost stays lost, while a proxy that cuts
+/// answers short, or sends a page of its own for them, is right again after a while; so may be the way to a disk.
 #[derive(Default)]
 pub struct Suspects {
     builds: Cell<u64>,
-    /// By chunk: how many builds, and the last of them.
-    seen: RefCell<HashMap<Location, (u32, u64)>>,
+    /// How many builds, and the last of them.
+    seen: RefCell<HashMap<Suspect, (u32, u64)>>,
+}
+
+/// What may be damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Suspect {
+    /// A chunk: its first block.
+    Chunk(Location),
+    /// A block of the log's file, which the disk cannot read.
+    Log(u32),
 }
 
 impl Suspects {
@@ -124,9 +133,9 @@ impl Suspects {
     const ENOUGH: u32 = 6;
 
     /// It looks damaged in that build; whether it counts as damaged now.
-    fn is_damaged(&self, chunk: Location, build: u64) -> bool {
+    fn is_damaged(&self, what: Suspect, build: u64) -> bool {
         let mut seen = self.seen.borrow_mut();
-        let (times, last) = seen.entry(whole(chunk)).or_default();
+        let (times, last) = seen.entry(what).or_default();
         if *last != build {
             (*times, *last) = (*times + 1, build);
         }
@@ -134,17 +143,17 @@ impl Suspects {
     }
 
     /// It reads well.
-    fn is_well(&self, chunk: Location) {
+    fn is_well(&self, what: Suspect) {
         let mut seen = self.seen.borrow_mut();
         if !seen.is_empty() {
-            seen.remove(&whole(chunk));
+            seen.remove(&what);
         }
     }
 }
 
 /// The chunk, whatever its block.
-fn whole(at: Location) -> Location {
-    Location::new(at.source(), at.chunk(), 0)
+fn whole(at: Location) -> Suspect {
+    Suspect::Chunk(Location::new(at.source(), at.chunk(), 0))
 }
 
 /// One build's look at the bases: the first chunk that looks damaged and does not count as that yet. All are looked at before it
@@ -298,13 +307,13 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo, look: &Look) -> 
         };
         match src.reader.read(at, block, 1).await {
             Ok(b) => {
-                src.suspects.is_well(at);
+                src.suspects.is_well(whole(at));
                 let mask = b.bad.first().map_or(0xff, |(_, good)| *good);
                 return Ok(Base { data: Some(b.data), mask });
             }
             // All else is tried again: an object that is not there may be a store that is not, and a newer program's chunk is whole.
             Err(e) if e.kind() == ErrorKind::Corrupt => {
-                if src.suspects.is_damaged(at, look.build) {
+                if src.suspects.is_damaged(whole(at), look.build) {
                     tracing::error!(
                         "block {block} cannot be read to merge a partial write: {e}; its other sectors are lost"
                     );
@@ -349,16 +358,21 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
         }
     }
     let free: RefCell<Vec<IoBuf>> = RefCell::default();
-    let free = &free;
+    let (build, unproven) = (src.suspects.builds.get(), Cell::new(None));
+    let (free, unproven) = (&free, &unproven);
     let mut done = stream::iter(reads)
         .map(|(start, end, list)| async move {
             let whole = free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK));
             let buf = whole.slice(0..(end - start) as usize * BLOCK);
             let at = u64::from(start) * BLOCK as u64;
             // What cannot be read fits no checksum.
-            read_legible(src.disk, at, &buf)
-                .await
-                .map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
+            let bad = read_legible(src.disk, at, &buf).await;
+            let bad = bad.map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
+            for byte in bad {
+                if !src.suspects.is_damaged(Suspect::Log((byte / BLOCK as u64) as u32), build) {
+                    unproven.set(Some(byte));
+                }
+            }
             Ok::<_, Error>((start, whole, list))
         })
         .buffer_unordered(src.log_reads);
@@ -374,7 +388,14 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
         }
         free.borrow_mut().push(whole);
     }
-    Ok(())
+    match unproven.get() {
+        None => Ok(()),
+        Some(byte) => {
+            let what =
+                format!("the log's disk cannot read byte {byte} of the log, which is to be packed; it is read again");
+            Err(Error::new(ErrorKind::Io, what))
+        }
+    }
 }
 
 fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
@@ -484,10 +505,10 @@ mod tests {
     #[test]
     fn a_chunk_is_damaged_after_builds_not_after_blocks() {
         let (suspects, chunk, other) =
-            (Suspects::default(), Location::new(0, ChunkNo(3), 9), Location::new(0, ChunkNo(4), 9));
+            (Suspects::default(), whole(Location::new(0, ChunkNo(3), 9)), whole(Location::new(0, ChunkNo(4), 9)));
         for build in 1..Suspects::ENOUGH.into() {
             for index in 0..20 {
-                assert!(!suspects.is_damaged(Location::new(0, ChunkNo(3), index), build), "build {build}");
+                assert!(!suspects.is_damaged(whole(Location::new(0, ChunkNo(3), index)), build), "build {build}");
             }
         }
         assert!(!suspects.is_damaged(other, 6) && suspects.is_damaged(chunk, 6) && suspects.is_damaged(chunk, 6));

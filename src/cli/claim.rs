@@ -57,7 +57,8 @@ pub(super) fn attached_here(settings: &Settings, volume: &VolumeName) -> Result<
     Ok(run.read(volume)?.filter(|state| state.store == settings.store.to_string()))
 }
 
-/// Refuses to take away what a process of this host serves: a snapshot of the volume, or that very one.
+/// Refuses to take away what is a device of this host: a snapshot of the volume, or that very one. (An NBD server keeps what it served
+/// for a while after its clients have gone.)
 ///
 /// # Errors
 /// `Busy` when one does.
@@ -65,8 +66,8 @@ pub(super) fn no_snapshot_served_here(settings: &Settings, volume: &VolumeName, 
     let run = RunDir::at(&settings.run_dir);
     for (served, state) in run.all()? {
         let (of, Some(name)) = served.parts() else { continue };
-        let concerned = of == volume.as_str() && snapshot.is_none_or(|s| s == name);
-        // One whose state cannot be read is served by somebody all the same.
+        let is_device = state.as_ref().is_ok_and(|s| s.device.is_some());
+        let concerned = is_device && of == volume.as_str() && snapshot.is_none_or(|s| s == name);
         let elsewhere = state.as_ref().is_ok_and(|s| s.store != settings.store.to_string());
         if concerned && !elsewhere && run.is_held(&served)? {
             let how = state.map_or_else(|_| "`vb-ublk del`".to_owned(), |s| s.how_to_detach());

@@ -86,10 +86,10 @@ pub(super) fn knows_log(path: &Path) -> Result<()> {
     let mut why = Vec::new();
     for at in SUPERBLOCK_AT {
         let mut block = [0; BLOCK];
-        file.read_exact_at(&mut block, at).context(|| format!("reading the log {} at byte {at}", path.display()))?;
-        match Superblock::decode(&block) {
+        let read = file.read_exact_at(&mut block, at).map_err(|e| e.to_string());
+        match read.and_then(|()| Superblock::decode(&block).map_err(|e| e.to_string())) {
             Ok(_) => return Ok(()),
-            Err(e) => why.push(e.to_string()),
+            Err(e) => why.push(e),
         }
     }
     let what = format!("this vb-ublk cannot read the log {}: {}", path.display(), why.join("; "));

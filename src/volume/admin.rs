@@ -119,7 +119,7 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
             .filter(|k| *k != manifest_key && *k != deleted_key)
             .collect())
     };
-    let mut was = None;
+    let was;
     match Published::load(store, name).await {
         Ok(p) if p.manifest.writer.is_some() && !force => {
             return Err(Error::new(
@@ -141,15 +141,19 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
             was = Some(p.manifest);
         }
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            was = interrupted(store, &deleted_key).await?;
-            if was.is_none() && rest().await?.is_empty() {
+            let copy = interrupted(store, &deleted_key).await?;
+            if copy.is_none() && rest().await?.is_empty() {
                 return Err(e);
             }
+            was = copy.flatten();
             not_needed(store, name, None, &what).await?;
         }
         Err(e) if !force => return Err(e),
         // Nothing can be marked: a clone that is made at this very moment is not seen.
-        Err(_) => not_needed(store, name, None, &what).await?,
+        Err(_) => {
+            was = interrupted(store, &deleted_key).await?.flatten();
+            not_needed(store, name, None, &what).await?;
+        }
     }
     store.delete(&manifest_key).await.map_err(|e| e.context(format!("deleting {manifest_key}")))?;
     let keys = rest().await?;
@@ -166,11 +170,11 @@ pub async fn delete(store: &dyn Store, name: &str, force: bool) -> Result<u64> {
     Ok(keys.len() as u64 + 1)
 }
 
-/// The manifest of a clone whose deletion was interrupted.
-async fn interrupted(store: &dyn Store, deleted_key: &str) -> Result<Option<Manifest>> {
+/// The manifest of a clone whose deletion was interrupted, if there is one, and if it can be read: the parent forgets others when their
+/// snapshot goes.
+async fn interrupted(store: &dyn Store, deleted_key: &str) -> Result<Option<Option<Manifest>>> {
     match store.get(deleted_key).await {
-        // One that cannot be read says nothing; the parent forgets it when its snapshot goes.
-        Ok((bytes, _)) => Ok(Manifest::decode(&bytes).ok()),
+        Ok((bytes, _)) => Ok(Some(Manifest::decode(&bytes).ok())),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e.context(format!("reading {deleted_key} in {}", store.url()))),
     }

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
+use super::log_device::{check_device, device_geometry};
 use super::resume::resume;
 use super::salvage::accept_loss;
 use super::stale::check_log;
@@ -33,10 +34,8 @@ use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
 use crate::store::{Store, StoreOptions, StoreUrl, open};
 use crate::time::{Timer, now_unix};
-use crate::units::{BLOCK, Nonce};
-use crate::wal::codec::{SLOTS_START, SUPERBLOCK_AT, Superblock};
-use crate::wal::create::{MAX_LOG_BYTES, SuperblockFile, geometry_for};
-use crate::wal::log::Geometry;
+use crate::units::Nonce;
+use crate::wal::create::{SuperblockFile, geometry_for};
 use crate::wal::replay::geometry_of;
 
 /// Reads of chunks under way at once.
@@ -451,31 +450,6 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
         }
     }
     Err(Error::new(ErrorKind::Internal, "no name is left to set a log aside"))
-}
-
-fn device_geometry(file: &DataFile) -> Result<Geometry> {
-    let room = file.size()?.saturating_sub(SLOTS_START).min(MAX_LOG_BYTES);
-    geometry_for(room).map_err(|e| e.context(format!("{} as a log", file.path().display())))
-}
-
-/// A device is used whole, so it must be empty or ours.
-fn check_device(file: &DataFile) -> Result<()> {
-    use std::os::unix::fs::FileExt;
-    // O_DIRECT wants an aligned buffer; the first MiB is where partition tables and file systems show.
-    let mut head = crate::disk::IoBuf::zeroed(SLOTS_START as usize);
-    let handle = file.dup().context(|| format!("opening {} a second time", file.path().display()))?;
-    handle.read_exact_at(head.bytes_mut(), 0).context(|| format!("reading {}", file.path().display()))?;
-    let ours = SUPERBLOCK_AT.iter().any(|at| Superblock::decode(&head.bytes()[*at as usize..][..BLOCK]).is_ok());
-    if !ours && head.bytes().iter().any(|b| *b != 0) {
-        return Err(Error::new(
-            ErrorKind::Busy,
-            format!(
-                "{} is not empty (its first MiB holds data) and not a vb-ublk log: if nothing on it is needed, wipe it with `wipefs -a` and `dd if=/dev/zero bs=1M count=1`",
-                file.path().display()
-            ),
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

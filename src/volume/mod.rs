@@ -38,6 +38,7 @@ pub mod host;
 pub mod import;
 pub mod increment;
 pub mod lane;
+mod log_device;
 pub mod rebuild;
 pub mod recover;
 pub mod resize;

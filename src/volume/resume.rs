@@ -15,6 +15,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::attach::{Attached, OpenLog, Request, Stores, is_ours};
 use super::background::{Absences, Backoff, Holding, POLL_MANIFEST, trouble};
@@ -33,8 +34,8 @@ use crate::units::{SECTOR, Seq};
 use crate::wal::create::SuperblockFile;
 use crate::wal::replay::{geometry_of, replay};
 
-/// Damage that is found as often in a row is there.
-const LOOKS_AT_DAMAGE: u32 = 3;
+/// Damage that each look finds for so long is there.
+const DAMAGE_IS_THERE: Duration = Duration::from_secs(15);
 
 /// Takes up the volume `name`, whose last process has died, from its log. See the module's page.
 ///
@@ -93,7 +94,7 @@ pub async fn resume<D: Disk + Clone, T: Timer>(
         says,
         request,
         absences: Absences::default(),
-        damaged: 0,
+        damaged_since: None,
     };
     attached.background.confirm_by(taking.run(timer));
     Ok(attached)
@@ -135,8 +136,8 @@ struct Taking<D> {
     says: LogSays,
     request: Request,
     absences: Absences,
-    /// Looks in a row that found damage.
-    damaged: u32,
+    /// Since when each look has found damage.
+    damaged_since: Option<Duration>,
 }
 
 impl<D: Disk> Taking<D> {
@@ -149,10 +150,10 @@ impl<D: Disk> Taking<D> {
                 Ok(Err(trouble)) => trouble,
                 Err(lost) => return Err(lost),
             };
-            // No waiting mends what is damaged, but a bit on the way may have been.
-            let is_damage = matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported);
-            self.damaged = if is_damage { self.damaged + 1 } else { 0 };
-            if self.damaged == LOOKS_AT_DAMAGE {
+            // No waiting mends what is damaged, but a page that a proxy sent in its place.
+            self.damaged_since =
+                (e.kind() == ErrorKind::Corrupt).then(|| self.damaged_since.unwrap_or_else(|| timer.now()));
+            if self.damaged_since.is_some_and(|since| timer.now().saturating_sub(since) >= DAMAGE_IS_THERE) {
                 return Err(
                     e.context(format!("volume {:?} cannot go on from what is in the store", self.volume.name()))
                 );
@@ -177,7 +178,9 @@ impl<D: Disk> Taking<D> {
         };
         self.absences = Absences::default();
         let m = &published.manifest;
-        check_log(&*self.store, m, &self.sb.current)?;
+        if let Err(old) = check_log(&*self.store, m, &self.sb.current) {
+            return Ok(Err(old));
+        }
         if !is_ours(&self.sb, m) {
             let what = format!(
                 "volume {:?} was taken by {} while it was not served here; its log {} is kept, and will be set aside",

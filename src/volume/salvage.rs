@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::disk::Disk;
@@ -31,7 +31,7 @@ pub(super) async fn accept_loss<D: Disk>(file: &DataFile, disk: &D, sb: &mut Sup
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!(
-                "the log on {0} is damaged, and it is kept as it is: copy it with `dd if={0} of=DIR/VOLUME.wal bs=1M` and attach with --wal-dir DIR \
+                "the log on {0} is damaged, and it is kept as it is: copy it with `dd if={0} of=DIR/VOLUME.wal bs=4k iflag=direct conv=noerror,sync` and attach with --wal-dir DIR \
                  --accept-loss",
                 path.display()
             ),
@@ -76,7 +76,8 @@ fn keep(path: &Path) -> Result<PathBuf> {
 }
 
 fn copy_legible(from: &Path, to: &Path) -> io::Result<()> {
-    let (from, to) = (File::open(from)?, File::create(to)?);
+    let to = File::options().write(true).create(true).truncate(true).mode(0o600).open(to)?;
+    let from = File::open(from)?;
     let size = from.metadata()?.len();
     to.set_len(size)?;
     let mut buf = vec![0; COPY];

@@ -3,7 +3,8 @@
 //!
 //! What shows it:
 //! - a chunk of the volume's under an epoch above the manifest's: an epoch is published before anything is uploaded under it;
-//! - a log here whose attachment the store has confirmed, and which the manifest's history does not know: a history only grows.
+//! - a log here whose attachment the store has confirmed, and which the manifest's history does not know: a history only grows. (One that
+//!   was inferred once, by a rebuild without a manifest, lacks the attachments that left no chunk, and says nothing.)
 //!
 //! A volume that was attached since, and was given nothing to keep, shows neither; nothing of it is lost.
 
@@ -47,8 +48,9 @@ pub(super) async fn check_chunks(store: &dyn Store, m: &Manifest, later: &[(Epoc
 /// `Corrupt` when it is old.
 pub(super) fn check_log(store: &dyn Store, m: &Manifest, sb: &Superblock) -> Result<()> {
     let is_known = sb.confirmed == Nonce(0) || m.history.iter().any(|e| e.nonce == sb.confirmed);
+    let is_whole = m.history.iter().zip(1..).all(|(e, n)| e.epoch == Epoch(n));
     // Where two may write at once, one of them may be wiped out of the history.
-    if sb.volume != m.uuid || is_known || !m.conditional_writes {
+    if sb.volume != m.uuid || is_known || !is_whole || !m.conditional_writes {
         return Ok(());
     }
     Err(stale(store, m, &format!("the log here is of an attachment (nonce {}) that came after it", sb.confirmed)))

@@ -63,14 +63,19 @@ pub(crate) async fn read_legible<D: Disk>(disk: &D, offset: u64, dst: &IoBuf) ->
     let mut bad = Vec::new();
     for from in (0..dst.len()).step_by(BLOCK) {
         let block = dst.slice(from..(from + BLOCK).min(dst.len()));
-        match disk.read_at(offset + from as u64, block.clone()).await {
+        let at = offset + from as u64;
+        match disk.read_at(at, block.clone()).await {
             Ok(()) => {}
             Err(e) if is_bad_sector(&e) => {
-                if bad.is_empty() && !is_alive(disk).await {
+                if !is_alive(disk).await {
                     return Err(e);
                 }
+                // The disk may have been away at that moment, or busy with the sector before.
+                if disk.read_at(at, block.clone()).await.is_ok() {
+                    continue;
+                }
                 block.copy_in(0, &[ILLEGIBLE; BLOCK][..block.len()]);
-                bad.push(offset + from as u64);
+                bad.push(at);
             }
             Err(e) => return Err(e),
         }

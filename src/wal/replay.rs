@@ -6,7 +6,7 @@
 //! read (data is checked when it is read or packed); above D data decides too.
 //!
 //! A block that the disk cannot read is never taken for the end of the log, wherever it is: what it held may have been acknowledged. In a
-//! segment that nothing is needed of it does not matter.
+//! segment that is known to be older than the chain it does not matter.
 //!
 //! A gap may swallow a segment's header, too, while a later segment's is there: that one *dangles*. It is left behind
 //! like any torn tail, unless a mark in it says that more was durable than the chain holds. This can be told exactly
@@ -14,7 +14,6 @@
 //! in the chain, or packed, or damaged.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -77,6 +76,8 @@ pub(super) struct Walked {
     end: u32,
     /// Valid records past the first gap.
     pub(super) past_gap: Vec<RecordHeader>,
+    /// The chain ends because this byte of the file cannot be read.
+    illegible: Option<u64>,
 }
 
 /// All that is to be known of a log, damaged or not.
@@ -314,7 +315,7 @@ async fn read_header<D: Disk>(
 
 /// Follows the records of one segment, and looks past the first gap for later ones.
 pub(super) async fn walk<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, s: &Segment) -> Result<Walked> {
-    let mut w = Walked { records: Vec::new(), end: BLOCK as u32, past_gap: Vec::new() };
+    let mut w = Walked { records: Vec::new(), end: BLOCK as u32, past_gap: Vec::new(), illegible: None };
     let mut previous = 0;
     while w.end < s.limit {
         let Some(r) = read_header(disk, geometry, s, w.end).await? else { break };
@@ -325,6 +326,9 @@ pub(super) async fn walk<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, s:
         w.end += r.record_bytes;
         w.records.push(r);
     }
+    // Of what lies behind only that header has been read so far.
+    let start = geometry.slot_offset(s.slot);
+    w.illegible = disk.bad_in(start + u64::from(w.end)..start + u64::from(s.limit));
     let mut at = w.end;
     while at < s.limit {
         // Windows of 1 MiB; within each, every block may start a header.
@@ -384,7 +388,9 @@ async fn assemble<D: Disk>(
                 break;
             }
             if record_end > out.durable && !data_is_whole(disk, geometry, s, r).await? {
-                damage = illegible(disk, geometry, s, r.placement.offset..r.placement.offset + r.record_bytes);
+                let start = geometry.slot_offset(s.slot) + u64::from(r.placement.offset);
+                let lost = disk.bad_in(start..start + u64::from(r.record_bytes));
+                damage = lost.map(|at| illegible(s, r.placement.offset, at));
                 cut = true;
                 out.torn_bytes += u64::from(r.record_bytes);
                 break;
@@ -399,7 +405,7 @@ async fn assemble<D: Disk>(
             end = record_end;
         }
         if !cut && w.end < s.limit {
-            damage = damage.or_else(|| illegible(disk, geometry, s, w.end..w.end + BLOCK as u32));
+            damage = damage.or_else(|| Some(illegible(s, w.end, w.illegible?)));
             cut = !(s.newest && w.past_gap.is_empty());
         }
         if damage.is_none() && cut && out.durable > end {
@@ -426,11 +432,9 @@ async fn assemble<D: Disk>(
 }
 
 /// What cannot be read may have been acknowledged, wherever it is: it is no torn tail. A disk that tears a write has it old or new.
-fn illegible<D: Disk>(disk: &Legible<'_, D>, geometry: &Geometry, s: &Segment, within: Range<u32>) -> Option<Error> {
-    let start = geometry.slot_offset(s.slot);
-    let at = disk.bad_in(start + u64::from(within.start)..start + u64::from(within.end))?;
-    let of = LogPos::new(s.header.generation, within.start);
-    Some(corrupt(format!("the log's disk cannot read byte {at} of the file, in the record at {of}")))
+fn illegible(s: &Segment, record: u32, at: u64) -> Error {
+    let of = LogPos::new(s.header.generation, record);
+    corrupt(format!("the log's disk cannot read byte {at} of the file, in the record at {of}"))
 }
 
 async fn data_is_whole<D: Disk>(

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, Checkpoint, Manifest, NO_ATTACHMENT};
 use crate::map::Maps;
 use crate::units::{BLOCK, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, SECTOR};
-use crate::volume::recover::{PARALLEL_HEADERS, checkpoint_end};
+use crate::volume::recover::PARALLEL_HEADERS;
 
 impl Job<'_> {
     /// By what the chunks tell, and a manifest from before, if there is one.
@@ -29,10 +29,10 @@ impl Job<'_> {
     ) -> Result<Outcome> {
         let checkpoints = list_checkpoints(self.store, self.name).await?;
         let copy = kept::newest(self.store, self.name).await?;
-        let is_newer =
-            |a: &Manifest, b: &Manifest| (a.epoch, checkpoint_end(a).group) > (b.epoch, checkpoint_end(b).group);
+        // Of two with one checkpoint the manifest is the newer: a copy is of the moment before a sweep.
+        let age = |m: &Manifest| (m.epoch, m.checkpoint.as_ref().map_or(0, Checkpoint::number));
         let copy = match (copy, old) {
-            (Some(copy), Some(old)) if is_newer(old, &copy) => Some(old.clone()),
+            (Some(copy), Some(old)) if age(old) >= age(&copy) => Some(old.clone()),
             (None, old) => old.cloned(),
             (copy, _) => copy,
         };
@@ -148,16 +148,6 @@ impl Job<'_> {
             let share = a.shares.iter().find(|s| s.epoch == at.epoch);
             let first = share.map(|s| s.first);
             history.push(manifest::EpochEntry { epoch: at.epoch, nonce: at.nonce, first });
-        }
-        if let Some(l) =
-            log.filter(|l| history.iter().all(|e| e.nonce != l.superblock.confirmed) && continues.is_none())
-        {
-            // So that it is known as an older attachment's.
-            history.push(manifest::EpochEntry {
-                epoch: Epoch(epoch.0 - 1),
-                nonce: l.superblock.confirmed,
-                first: None,
-            });
         }
         history::cut(&mut history, epoch, nonce, behind(&a.end));
         let manifest = Manifest {
