@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use futures_util::future::select;
+use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use rustix::process::{getpriority_process, setpriority_process};
 use tokio::sync::{mpsc, oneshot};
@@ -257,6 +257,9 @@ pub async fn serve_reads<D: Disk>(
             request = requests.recv(), if running.len() < MAX_READS => {
                 let Some(ReadRequest { at, blocks, waiting }) = request else { break };
                 if let Some(waiting) = waiting {
+                    if waiting.reply.is_closed() {
+                        continue;
+                    }
                     running.push(serve_read(fetcher, at, blocks, waiting));
                 } else if ahead.len() < MAX_AHEAD_WAITING {
                     ahead.push_back((at, blocks));
@@ -272,9 +275,19 @@ pub async fn serve_reads<D: Disk>(
 }
 
 async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, at: Location, blocks: u16, waiting: Waiting) -> Option<Fetched> {
-    let (answer, fetched) = fetcher.fetch(at, waiting.first, blocks).await;
-    // Who has asked may have given up.
-    let _ = waiting.reply.send(answer);
+    let Waiting { first, mut reply } = waiting;
+    let fetched = {
+        let fetch = std::pin::pin!(fetcher.fetch(at, first, blocks));
+        let gone = std::pin::pin!(reply.closed());
+        match select(fetch, gone).await {
+            Either::Left((fetched, _)) => Some(fetched),
+            // The store may never answer for this one, and others wait for the place.
+            Either::Right(_) => None,
+        }
+    };
+    let (answer, fetched) = fetched?;
+    // Who has asked may have given up just now.
+    let _ = reply.send(answer);
     fetched
 }
 

@@ -3,17 +3,25 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use tokio::sync::{mpsc, oneshot};
+use vb_ublk::cache::fetch::Fetcher;
 use vb_ublk::cache::slot::SLOT_BYTES;
 use vb_ublk::cache::{CacheStatus, MIN_BYTES, Place};
+use vb_ublk::chunk::reader::{ChunkReader, Keys};
 use vb_ublk::disk::IoBuf;
+use vb_ublk::disk::uring::UringDisk;
 use vb_ublk::error::ErrorKind;
-use vb_ublk::units::{BLOCK, Lba, SECTOR};
-use vb_ublk::volume::Command;
+use vb_ublk::manifest::Published;
+use vb_ublk::map::Location;
+use vb_ublk::store::fault::{Fault, FaultStore};
+use vb_ublk::units::{BLOCK, BlockNo, ChunkNo, Lba, SECTOR};
 use vb_ublk::volume::engine::Engine;
-use vb_ublk::volume::host::{AttachOptions, Host};
+use vb_ublk::volume::host::{AttachOptions, Host, serve_reads};
+use vb_ublk::volume::{Command, ReadRequest, Waiting};
 
 use super::support_rng::Rng;
 use super::volume_support::{Bench, TestLane, block_on, churn, compare, drain, on_lane, pause, put};
@@ -436,4 +444,48 @@ fn a_cache_is_left_at_any_moment() {
     let host = attach(&bench);
     on_lane(host.volume(), async |e| compare(&e, &model, "in the end").await);
     host.detach().unwrap();
+}
+
+/// A chunk for which the store never answers, and readers who give up on it, time after time: those of other chunks are served.
+#[test]
+fn who_has_given_up_is_in_nobodys_way() {
+    let bench = Bench::new(16 * MIB);
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| {
+        for at in 0..8 {
+            put(&e, at * 254, 254, at as u8 + 1).await;
+        }
+    });
+    host.detach().unwrap();
+    let store = bench.store();
+    block_on(async {
+        let m = Published::load(&*store, "vol").await.unwrap().manifest;
+        let silent = store.list("vol/chunks/", None).await.unwrap()[0].key.clone();
+        let never = Duration::from_secs(3600);
+        let faulty =
+            FaultStore::new(store, move |call| if call.key == silent { Fault::Delay(never) } else { Fault::None });
+        let keys = Arc::new(Keys::default());
+        keys.set(&m);
+        let fetcher = Fetcher::<UringDisk>::new(ChunkReader::new(Arc::new(faulty), keys), None);
+        let (requests, served) = mpsc::channel(2000);
+        let ask = |chunk: u64, index: u16, block: u64| {
+            let (reply, answer) = oneshot::channel();
+            let waiting = Some(Waiting { first: BlockNo(block), reply });
+            let request = ReadRequest { at: Location::new(0, ChunkNo(chunk), index), blocks: 1, waiting };
+            requests.try_send(request).expect("room");
+            answer
+        };
+        let asking = async {
+            for _ in 0..3 {
+                let given_up: Vec<_> = (0..100).map(|i| ask(1, i, u64::from(i))).collect();
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                drop(given_up);
+            }
+            let answer = tokio::time::timeout(Duration::from_secs(10), ask(2, 3, 1019)).await;
+            let blocks = answer.expect("it waits for those who do not").unwrap().unwrap();
+            assert_eq!(blocks.data[0], 5);
+        };
+        let serving = std::pin::pin!(serve_reads(served, &fetcher, std::future::pending()));
+        futures_util::future::select(serving, std::pin::pin!(asking)).await;
+    });
 }
