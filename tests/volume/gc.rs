@@ -184,19 +184,24 @@ fn readers_and_writers_see_nothing_of_it() {
     host.detach().unwrap();
 }
 
+/// Blocks 0 to 63 hold 7, from an attachment before; 64 to 127 hold 8, from this one. All is in the store.
+fn second_attachment(bench: &Bench, gc: Policy) -> Host {
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| put(&e, 0, 64, 7).await);
+    host.detach().unwrap();
+    let host = Host::attach(AttachOptions { gc, ..bench.options() }).unwrap();
+    on_lane(host.volume(), async |e| put(&e, 64, 64, 8).await);
+    drain(host.volume());
+    host
+}
+
 /// What comes late while a volume is attached for long, is found by a later list; it is kept until its grace is over, and then deleted, with
 /// nobody asking.
 #[test]
 fn what_comes_late_is_found_and_has_its_grace() {
     const GRACE: Duration = Duration::from_secs(2);
     let bench = Bench::new(SIZE);
-    let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| put(&e, 0, 64, 7).await);
-    host.detach().unwrap();
-    let gc = Policy { grace: GRACE, relist: Duration::from_millis(1500), ..eager() };
-    let host = Host::attach(AttachOptions { gc, ..bench.options() }).unwrap();
-    on_lane(host.volume(), async |e| put(&e, 64, 64, 8).await);
-    drain(host.volume());
+    let host = second_attachment(&bench, Policy { grace: GRACE, relist: Duration::from_millis(1500), ..eager() });
     let store = bench.store();
     let keys = block_on(store.list("vol/chunks/", None)).unwrap();
     let body = block_on(store.get(&keys[0].key)).unwrap().0;
@@ -220,13 +225,7 @@ fn what_comes_late_is_found_and_has_its_grace() {
 #[test]
 fn an_order_sweeps_what_counts_for_nothing_at_once() {
     let bench = Bench::new(SIZE);
-    let host = bench.attach().unwrap();
-    on_lane(host.volume(), async |e| put(&e, 0, 64, 7).await);
-    host.detach().unwrap();
-    let gc = Policy { grace: Policy::default().grace, ..eager() };
-    let host = Host::attach(AttachOptions { gc, ..bench.options() }).unwrap();
-    on_lane(host.volume(), async |e| put(&e, 64, 64, 8).await);
-    drain(host.volume());
+    let host = second_attachment(&bench, Policy { grace: Policy::default().grace, ..eager() });
     let store = bench.store();
     let keys = block_on(store.list("vol/chunks/", None)).unwrap();
     let body = block_on(store.get(&keys[0].key)).unwrap().0;
