@@ -69,8 +69,9 @@ impl Life {
     /// As often as it takes: what a dead process has sent may land at any time and look like another host.
     async fn attach(&self) -> Attached<SimDisk, SimClock> {
         let (mut races, mut silences) = (0, 0);
-        // One chunk's header after the other is asked for, and any may go without an answer.
-        while races < 20 && silences < 300 {
+        // Each header of a chunk is asked for, without the retries that an attach has, and any may go without an answer: of fifty, one try in
+        // four hundred has them all.
+        while races < 20 && silences < 5000 {
             match self.try_attach().await {
                 // Who attaches tries again, as a person or systemd does.
                 Err(e) if self.shared.rough && e.kind().is_transient() => {
