@@ -48,7 +48,7 @@ e2e: build
 soak: setup-build setup-test setup-garage
 	VB_SOAK=1 $(CARGO) test --locked --no-fail-fast --test nbd --test nbd_hostile --test nbd_linear --test nbd_interop \
 		--test store_conformance --test store_crash_cycle --test volume_rewrite
-	VB_LIVES=0..100 $(CARGO) test --locked --test volume lives::
+	VB_SOAK=1 VB_LIVES=0..100 $(CARGO) test --locked --test volume -- lives:: dependants::
 	VB_SIM_SEEDS=0..10000 $(CARGO) test --locked --test sim
 	$(MAKE) build
 	scripts/e2e/run --long --store file --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk" 30 40 45

@@ -65,14 +65,14 @@ pub(super) fn attached_here(settings: &Settings, volume: &VolumeName) -> Result<
 pub(super) fn no_snapshot_served_here(settings: &Settings, volume: &VolumeName, snapshot: Option<&str>) -> Result<()> {
     let run = RunDir::at(&settings.run_dir);
     for (served, state) in run.all()? {
-        let (of, Some(name)) = served.parts() else { continue };
-        let is_device = state.as_ref().is_ok_and(|s| s.device.is_some());
-        let concerned = is_device && of == volume.as_str() && snapshot.is_none_or(|s| s == name);
-        let elsewhere = state.as_ref().is_ok_and(|s| s.store != settings.store.to_string());
-        if concerned && !elsewhere && run.is_held(&served)? {
-            let how = state.map_or_else(|_| "`vb-ublk del`".to_owned(), |s| s.how_to_detach());
-            let what =
-                format!("{served} is served on this host, and reads what would be deleted: detach it first with {how}");
+        let ((of, Some(name)), Ok(state)) = (served.parts(), state) else { continue };
+        let concerned = of == volume.as_str() && snapshot.is_none_or(|s| s == name);
+        let is_ours = state.device.is_some() && state.store == settings.store.to_string();
+        if concerned && is_ours && run.is_held(&served)? {
+            let what = format!(
+                "{served} is served on this host, and reads what would be deleted: detach it first with {}",
+                state.how_to_detach()
+            );
             return Err(Error::new(ErrorKind::Busy, what));
         }
     }

@@ -28,15 +28,13 @@ pub struct Known {
     pub held: HashSet<ChunkNo>,
     /// The same by snapshot.
     snapshots: HashMap<Uuid, Vec<ChunkNo>>,
-    /// Up to which number the store has been listed; later chunks are told by whoever writes them.
-    pub listed: bool,
 }
 
 impl Known {
     /// Nothing yet.
     #[must_use]
     pub fn new(volume_blocks: u64) -> Self {
-        Self { usage: Usage::new(volume_blocks), held: HashSet::new(), snapshots: HashMap::new(), listed: false }
+        Self { usage: Usage::new(volume_blocks), held: HashSet::new(), snapshots: HashMap::new() }
     }
 
     /// Lists the volume's chunks. Those of the volume's own up to `last` become known; returned are chunks that can never count: of
@@ -58,7 +56,6 @@ impl Known {
                 orphans.push(o.key);
             }
         }
-        self.listed = true;
         Ok(orphans)
     }
 

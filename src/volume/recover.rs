@@ -50,24 +50,23 @@ pub fn checkpoint_end(m: &Manifest) -> StoreEnd {
 /// `Corrupt` when a header cannot be read, or a group that another one relies on is not whole; the store's.
 pub async fn apply_groups(store: &dyn Store, prefix: &str, m: &Manifest, maps: &Maps) -> Result<StoreEnd> {
     let mut end = checkpoint_end(m);
-    let Newer { keys, later } = newer_chunks(store, prefix, m, &mut end).await?;
-    check_chunks(store, m, &later).await?;
+    let keys = newer_chunks(store, prefix, m, &mut end).await?;
     let headers: Vec<ChunkHeader> =
         stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).try_collect().await?;
     apply_headers(&store.url(), m, headers, maps, &mut end)?;
     Ok(end)
 }
 
-/// The chunks after the checkpoint, by their keys.
-pub(super) struct Newer {
-    /// Those under the epochs that own their numbers, in order.
-    pub keys: Vec<String>,
-    /// Those under epochs that the manifest does not know yet.
-    pub later: Vec<(Epoch, String)>,
-}
-
-/// Lists the chunks after the checkpoint. Those that do not count are counted in `end`.
-pub(super) async fn newer_chunks(store: &dyn Store, prefix: &str, m: &Manifest, end: &mut StoreEnd) -> Result<Newer> {
+/// The keys of the chunks after the checkpoint, in order, under the epochs that own their numbers. Others are counted in `end`.
+///
+/// # Errors
+/// `Corrupt` when some of them show that the manifest is older than the volume; the store's.
+pub(super) async fn newer_chunks(
+    store: &dyn Store,
+    prefix: &str,
+    m: &Manifest,
+    end: &mut StoreEnd,
+) -> Result<Vec<String>> {
     let folder = format!("{prefix}chunks/");
     // No epoch or nonce sorts above these: everything of the checkpoint's last number is skipped.
     let after = header::key(prefix, end.last_chunk, Epoch(u64::from(u32::MAX)), Nonce(u64::MAX));
@@ -89,7 +88,8 @@ pub(super) async fn newer_chunks(store: &dyn Store, prefix: &str, m: &Manifest, 
             }
         }
     }
-    Ok(Newer { keys, later })
+    check_chunks(store, m, &later).await?;
+    Ok(keys)
 }
 
 /// The header of one of them.

@@ -5,12 +5,11 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
+use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::units::BLOCK;
 use crate::wal::create::SuperblockFile;
-use crate::wal::legible::is_bad_sector;
+use crate::wal::legible::read_legible;
 use crate::wal::salvage::{end_before_damage, look};
 
 /// Bytes copied at once.
@@ -38,7 +37,7 @@ pub(super) async fn accept_loss<D: Disk>(file: &DataFile, disk: &D, sb: &mut Sup
         )
         .with_source(damaged.why));
     }
-    let kept = keep(path)?;
+    let kept = keep(file, disk).await?;
     end_before_damage(disk, file.size()?, sb).await.context(doing)?;
     tracing::warn!(
         "the log {} was damaged, and by --accept-loss it ends with entry {} now: {}; {}; it is kept as it was as {}",
@@ -51,8 +50,10 @@ pub(super) async fn accept_loss<D: Disk>(file: &DataFile, disk: &D, sb: &mut Sup
     Ok(())
 }
 
-/// Copies a log to the first name that is free; what cannot be read of it is zeros there. The name is there only when the copy is durable.
-fn keep(path: &Path) -> Result<PathBuf> {
+/// Copies a log to the first name that is free; what cannot be read of it fits no checksum there. The name is there only when the copy is
+/// durable.
+async fn keep<D: Disk>(file: &DataFile, disk: &D) -> Result<PathBuf> {
+    let path = file.path();
     let named = |end: String| {
         let mut name = path.as_os_str().to_owned();
         name.push(end);
@@ -63,7 +64,8 @@ fn keep(path: &Path) -> Result<PathBuf> {
         n += 1;
     }
     let (kept, part) = (named(format!(".lost-{n}")), named(format!(".lost-{n}.part")));
-    let copied = copy_legible(path, &part)
+    let copied = copy_legible(disk, file.size()?, &part)
+        .await
         .and_then(|()| fs::rename(&part, &kept))
         .context(|| format!("copying the damaged log {} to {} before it is changed", path.display(), kept.display()));
     if copied.is_err() {
@@ -75,34 +77,15 @@ fn keep(path: &Path) -> Result<PathBuf> {
     Ok(kept)
 }
 
-fn copy_legible(from: &Path, to: &Path) -> io::Result<()> {
+async fn copy_legible<D: Disk>(disk: &D, size: u64, to: &Path) -> io::Result<()> {
     let to = File::options().write(true).create(true).truncate(true).mode(0o600).open(to)?;
-    let from = File::open(from)?;
-    let size = from.metadata()?.len();
-    to.set_len(size)?;
-    let mut buf = vec![0; COPY];
+    let buf = IoBuf::zeroed(COPY);
     let mut at = 0;
     while at < size {
-        let n = (size - at).min(COPY as u64) as usize;
-        if let Err(e) = copy_range(&from, &to, at, &mut buf[..n]) {
-            if !is_bad_sector(&e) {
-                return Err(e);
-            }
-            for block in (0..n).step_by(BLOCK) {
-                let len = BLOCK.min(n - block);
-                match copy_range(&from, &to, at + block as u64, &mut buf[..len]) {
-                    Err(e) if !is_bad_sector(&e) => return Err(e),
-                    _ => {}
-                }
-            }
-        }
-        at += n as u64;
+        let part = buf.slice(0..(size - at).min(COPY as u64) as usize);
+        read_legible(disk, at, &part).await?;
+        to.write_all_at(part.bytes(), at)?;
+        at += part.len() as u64;
     }
     to.sync_all()
-}
-
-/// A failure to write is told as one of another kind than those of sectors that cannot be read.
-fn copy_range(from: &File, to: &File, at: u64, buf: &mut [u8]) -> io::Result<()> {
-    from.read_exact_at(buf, at)?;
-    to.write_all_at(buf, at).map_err(io::Error::other)
 }

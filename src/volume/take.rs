@@ -20,7 +20,6 @@ use std::time::Duration;
 use super::attach::Request;
 use super::recover::{StoreEnd, apply_groups, checkpoint_end, newer_chunks};
 use super::snapshots::{not_deleting, still_there};
-use super::stale::check_chunks;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::images::{Images, load_images};
@@ -157,8 +156,7 @@ async fn find_groups(store: &dyn Store, m: &Manifest, images: &Images, packed: S
     let end = if clean {
         let mut end = checkpoint_end(m);
         // None of them counts; they may show that the manifest does not either.
-        let newer = newer_chunks(store, &prefix(&m.name), m, &mut end).await?;
-        check_chunks(store, m, &newer.later).await?;
+        newer_chunks(store, &prefix(&m.name), m, &mut end).await?;
         end
     } else {
         apply_groups(store, &prefix(&m.name), m, &maps).await?

@@ -15,7 +15,6 @@ use futures_util::stream::{self, StreamExt};
 
 use super::damage::{Damage, DamageKind, Report};
 use super::recover::{PARALLEL_HEADERS, StoreEnd, apply_headers, checkpoint_end, newer_chunks, newer_header};
-use super::stale::check_chunks;
 use crate::chunk::header::ChunkHeader;
 use crate::chunk::reader::Keys;
 use crate::chunk::verify::{Checked, Mapped, check};
@@ -98,20 +97,19 @@ async fn find_manifest(store: &dyn Store, name: &str, report: &mut Report) -> Re
 async fn find_base(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<BaseImage>> {
     let prefix = manifest::prefix(&m.name);
     let Some(images) = find_checkpoint(store, m, report).await? else { return Ok(None) };
-    let mut end = checkpoint_end(m);
-    let newer = newer_chunks(store, &prefix, m, &mut end).await?;
-    match check_chunks(store, m, &newer.later).await {
+    let found = if m.writer.is_none() {
+        // After a clean detach nothing behind the checkpoint counts; but it may show that the manifest is older than that.
+        let end = checkpoint_end(m);
+        newer_chunks(store, &prefix, m, &mut end.clone()).await.map(|_| (base_maps(m, &images), end))
+    } else {
+        find_groups(store, &prefix, m, &images, report).await
+    };
+    let (maps, end) = match found {
         Err(e) if e.kind() == ErrorKind::Corrupt => {
             report.damage.push(Damage::of_object(DamageKind::Manifest, manifest::key(&m.name), e.to_string()));
             return Ok(None);
         }
-        checked => checked?,
-    }
-    let (maps, end) = if m.writer.is_none() {
-        // After a clean detach nothing behind the checkpoint counts.
-        (base_maps(m, &images), checkpoint_end(m))
-    } else {
-        find_groups(store, &prefix, m, &images, report).await?
+        found => found?,
     };
     let image = maps.base_image();
     report.set_state(m, &end, image.mapped_blocks());
@@ -185,7 +183,7 @@ struct Groups {
 
 async fn look_for_groups(store: &dyn Store, prefix: &str, m: &Manifest, images: &Images) -> Result<Groups> {
     let (maps, mut end) = (base_maps(m, images), checkpoint_end(m));
-    let keys = newer_chunks(store, prefix, m, &mut end).await?.keys;
+    let keys = newer_chunks(store, prefix, m, &mut end).await?;
     let looked: Vec<_> =
         stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).collect().await;
     let (mut headers, mut damage) = (Vec::new(), Vec::new());

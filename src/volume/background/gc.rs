@@ -136,11 +136,10 @@ pub(super) struct Gc {
     looked: Duration,
     /// Objects for nobody, and when they were first seen.
     orphans: BTreeMap<String, Duration>,
-    /// Those of an order: the store is to be listed again for it; they have been tried.
-    relist: bool,
-    /// When it was listed last.
-    listed: Duration,
+    /// Those of an order have been tried.
     orphans_tried: bool,
+    /// When the store was listed last; `None`: it is to be listed.
+    listed: Option<Duration>,
     /// Checkpoints since leftovers were looked for.
     untidy: u32,
     /// The parts of maps that the manifest names, and those that it named before: somebody may be reading them.
@@ -184,8 +183,7 @@ impl Gc {
             pace: Pace::default(),
             looked: Duration::ZERO,
             orphans: BTreeMap::new(),
-            relist: false,
-            listed: Duration::ZERO,
+            listed: None,
             orphans_tried: false,
             untidy: 0,
             parts: Default::default(),
@@ -274,7 +272,7 @@ impl Gc {
     pub(super) fn order(&mut self, reply: Reply) {
         self.orders.push(reply);
         self.ordered = false;
-        self.relist = true;
+        self.listed = None;
         self.orphans_tried = false;
         self.order_last = None;
         self.plan = None;
@@ -346,8 +344,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             self.gc.wants_checkpoint = true;
             return;
         };
-        if now.saturating_sub(self.gc.listed) >= self.volume.gc.relist {
-            self.gc.relist = true;
+        if self.gc.listed.is_some_and(|at| now.saturating_sub(at) >= self.volume.gc.relist) {
+            self.gc.listed = None;
             self.gc.uncounted = true;
         }
         let snapshots: Vec<Uuid> = m.snapshots.iter().map(|s| s.id).collect();

@@ -28,14 +28,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let known = self.gc.known.take();
         let mut known = known.unwrap_or_else(|| Box::new(Known::new(of.image.volume_blocks())));
         let (store, bound) = (self.gc.store.clone(), self.applied_chunk);
-        let again = std::mem::take(&mut self.gc.relist);
-        if again || !known.listed {
-            self.gc.listed = self.timer.now();
-        }
+        let list = self.gc.listed.is_none();
+        self.gc.listed.get_or_insert(self.timer.now());
         self.gc.busy = true;
         self.spawn(async move {
             let result = async {
-                let list = again || !known.listed;
                 let orphans = if list { known.list(&*store, &m, bound).await? } else { Orphans::new() };
                 known.look_at_snapshots(&*store, &m).await?;
                 Ok(orphans)
@@ -135,7 +132,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         for (chunk, stored, holes) in gc.came.drain(..) {
             known.usage.add(chunk, stored, holes);
         }
-        let orphans = result?;
+        let orphans = result.inspect_err(|_| gc.listed = None)?;
         no_trouble(&self.volume);
         for key in orphans {
             gc.orphans.entry(key).or_insert(now);
