@@ -82,6 +82,22 @@ s3_request() {
 		-H "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/$3/aws4_request, SignedHeaders=host, Signature=0"
 }
 
+# null_disk NAME MIB [KEY=VALUE]…: makes a disk in memory that can be made slow, or to fail; it is $null, its settings are in $null_config.
+null_disk() {
+	local config=/sys/kernel/config/nullb option
+	[ -d $config ] || modprobe -q null_blk || true
+	[ -d $config ] || skip "null_blk with configfs is not here: there is no disk that can be made slow, or to fail"
+	null_config=$config/$1
+	mkdir -p "$null_config"
+	for option in memory_backed=1 "size=$2" "${@:3}" power=1; do echo "${option#*=}" >"$null_config/${option%%=*}"; done
+	# Older drivers number their devices, later ones give them the folder's name.
+	null=/dev/$1
+	[ -b "$null" ] || null=/dev/nullb$(cat "$null_config/index")
+	udevadm settle
+	[ -b "$null" ] || fail "there is no $null"
+}
+null_gone() { echo 0 >"$null_config/power" && rmdir "$null_config"; }
+
 # add VOLUME [OPTION]…: attaches; the device is in $dev.
 add() {
 	local volume=$1
