@@ -23,7 +23,7 @@ KERNEL ?=
 TESTS ?=
 SOAK ?=
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= nbd_handshake nbd_session log chunk checkpoint manifest viperblock
+FUZZ_TARGETS ?= nbd_handshake nbd_session log replay chunk checkpoint manifest viperblock
 DENY = "$${VB_CACHE:-target/guest}/cargo-deny-root/bin/cargo-deny"
 
 setup:
@@ -65,7 +65,7 @@ mutants: setup-build
 fuzz: setup-build setup-fuzz
 	cd fuzz && $(CARGO) run --locked --example seeds
 	cd fuzz && for t in $(FUZZ_TARGETS); do \
-		len=8192; [ $$t != chunk ] || len=32768; \
+		len=8192; case $$t in chunk | replay) len=32768 ;; esac; \
 		PATH="$$(realpath -m "$${VB_CACHE:-../target/guest}")/cargo-fuzz-root/bin:$$PATH" RUSTC_BOOTSTRAP=1 \
 		cargo fuzz run $$t -- -max_total_time=$(FUZZ_SECONDS) -max_len=$$len -rss_limit_mb=1024 -malloc_limit_mb=64; \
 	done

@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 
+use vb_ublk::checksum::block_crc;
 use vb_ublk::chunk::header::{ChunkExtent, ChunkHeader, ExtentKind, key};
 use vb_ublk::manifest::{Checkpoint, EpochEntry, FirstOwned, Image, Manifest, Part, Snapshot, Writer};
 use vb_ublk::map::checkpoint::{encode_delta, encode_full};
 use vb_ublk::map::{BaseImage, Location, Run};
-use vb_ublk::units::{BlockNo, ChunkNo, Epoch, GroupNo, Lba, Nonce, Seq};
+use vb_ublk::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Lba, Nonce, Seq};
 use vb_ublk::wal::codec::{
-    LogPos, Placement, RecordEntry, RecordKind, Superblock, header_bytes, place_record, prepare_record,
+    LogPos, Placement, RecordEntry, RecordKind, SegmentHeader, header_bytes, place_record, prepare_record,
 };
-use vb_ublk_fuzz::{BLOCKS, CHECKPOINT, RECORD_AT, VOLUME, segment};
+use vb_ublk_fuzz::{BLOCKS, CHECKPOINT, GIVEN, RECORD_AT, VOLUME, segment, superblock};
 
 fn keep(target: &str, name: &str, bytes: &[u8]) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
@@ -20,19 +21,7 @@ fn keep(target: &str, name: &str, bytes: &[u8]) {
 }
 
 fn log() {
-    let superblock = Superblock {
-        update: 2,
-        volume: VOLUME,
-        log_id: 9,
-        segment_bytes: 1 << 20,
-        max_segments: 4,
-        volume_sectors: BLOCKS * 8,
-        logical_block: 512,
-        packed_through: Seq(6),
-        confirmed: Nonce(1),
-        drawn: vec![Nonce(2), Nonce(3)],
-    };
-    keep("log", "superblock", &superblock.encode());
+    keep("log", "superblock", &superblock().encode());
     let mut block = vec![0; 4096];
     segment().encode_into(&mut block);
     keep("log", "segment", &block);
@@ -56,6 +45,44 @@ fn log() {
         place_record(&mut header, &place);
         keep("log", name, &header);
     }
+}
+
+/// A segment with two records of zeros, as the target of whole logs is given it: the first bytes of each block.
+fn short_segment(header: SegmentHeader, durable: LogPos) -> (Vec<u8>, LogPos) {
+    let mut blocks = vec![0; BLOCK];
+    header.encode_into(&mut blocks);
+    let (mut first_seq, mut predecessor) = (header.first_seq, 0);
+    for lba in [8, 80] {
+        let entries = [
+            RecordEntry { lba: Lba(lba), sectors: 16, kind: RecordKind::Data },
+            RecordEntry { lba: Lba(lba + 100), sectors: 8, kind: RecordKind::Discard },
+        ];
+        let crcs = [0, 1].map(|b| block_crc(BlockNo(lba / 8 + b), &[0; BLOCK]));
+        let mut record = vec![0; header_bytes(entries.len(), crcs.len())];
+        prepare_record(&mut record, VOLUME, &entries, &crcs);
+        let (generation, salt, offset) = (header.generation, header.salt, blocks.len() as u32);
+        place_record(&mut record, &Placement { generation, salt, offset, predecessor, first_seq, durable });
+        (predecessor, first_seq) = (offset, Seq(first_seq.0 + 2));
+        blocks.extend(record);
+        blocks.resize(blocks.len() + crcs.len() * BLOCK, 0);
+    }
+    let given = blocks.chunks(BLOCK).flat_map(|b| b[..GIVEN].to_vec()).collect();
+    (given, LogPos::new(header.generation, blocks.len() as u32))
+}
+
+fn replay() {
+    let (mut log, mut end) = short_segment(segment(), LogPos::new(5, 0));
+    keep("replay", "one", &log);
+    for generation in 6..8 {
+        let first_seq = Seq(7 + 4 * u64::from(generation - 5));
+        let header =
+            SegmentHeader { generation, salt: generation.into(), predecessor_end: end, first_seq, ..segment() };
+        let (more, next_end) = short_segment(header, end);
+        log.extend(more);
+        end = next_end;
+    }
+    keep("replay", "three", &log);
+    keep("replay", "torn", &log[..log.len() - 3 * GIVEN]);
 }
 
 fn chunk() {
@@ -128,6 +155,7 @@ fn manifest() {
 
 fn main() {
     log();
+    replay();
     chunk();
     checkpoint();
     manifest();

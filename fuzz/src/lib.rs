@@ -5,8 +5,8 @@
 
 use uuid::Uuid;
 use vb_ublk::map::checkpoint::Ident;
-use vb_ublk::units::Seq;
-use vb_ublk::wal::codec::{LogPos, SegmentHeader};
+use vb_ublk::units::{Nonce, Seq};
+use vb_ublk::wal::codec::{LogPos, SegmentHeader, Superblock};
 
 /// The volume whose all of it is.
 pub const VOLUME: Uuid = Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
@@ -28,6 +28,26 @@ pub const fn segment() -> SegmentHeader {
         predecessor_end: LogPos::new(4, 8192),
         packed_through: Seq(6),
         first_seq: Seq(7),
+    }
+}
+
+/// How many bytes of each 4096 the target of whole logs is given.
+pub const GIVEN: usize = 256;
+
+/// The log in which segments are.
+#[must_use]
+pub fn superblock() -> Superblock {
+    Superblock {
+        update: 2,
+        volume: VOLUME,
+        log_id: 9,
+        segment_bytes: 1 << 20,
+        max_segments: 4,
+        volume_sectors: BLOCKS * 8,
+        logical_block: 512,
+        packed_through: Seq(6),
+        confirmed: Nonce(1),
+        drawn: vec![Nonce(2), Nonce(3)],
     }
 }
 

@@ -282,7 +282,12 @@ fn a_fenced_host_never_shows() {
         world
     });
     if std::env::var("VB_SIM_SEEDS").is_err() {
-        let enough = all.judged > 1500 && all.stopped > 500 && all.late > 50 && all.promised > 5 && all.groups > 1000;
+        let enough = all.judged > 1500
+            && all.stopped > 500
+            && all.heard > 50
+            && all.late > 50
+            && all.promised > 5
+            && all.groups > 1000;
         assert!(enough, "{all:?}");
     }
 }

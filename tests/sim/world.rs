@@ -80,6 +80,8 @@ pub(crate) struct Seen {
     pub(crate) again: u64,
     /// Writes that a host which had lost the volume did not acknowledge.
     pub(crate) stopped: u64,
+    /// Hosts that were told that they had lost the volume without asking for anything.
+    pub(crate) heard: u64,
     /// Disks that failed.
     pub(crate) broken: u64,
     /// Lives that went on from the log, and had served before the store had been asked.
@@ -115,6 +117,7 @@ impl Seen {
             groups: self.groups + b.groups,
             again: self.again + b.again,
             stopped: self.stopped + b.stopped,
+            heard: self.heard + b.heard,
             broken: self.broken + b.broken,
             resumed: self.resumed + b.resumed,
             deleted: self.deleted + b.deleted,

@@ -28,6 +28,9 @@ use crate::machine::{SimDisk, Spawner};
 use crate::oracle::After;
 use crate::support_rng::Rng;
 
+/// The longest after which a host that asks for nothing knows that it has lost the volume: some looks at the manifest, of which some fail.
+const FINDS_OUT: Duration = Duration::from_secs(60);
+
 /// One store, for three that use it.
 pub(super) struct LifeStores {
     pub(super) attach: Arc<dyn Store>,
@@ -190,6 +193,15 @@ pub(super) async fn live(life: Life) {
         select(std::pin::pin!(work), std::pin::pin!(life.clock.sleep(Duration::from_secs(60)))).await;
     } else {
         work.await;
+    }
+    if shared.owner.get().is_some_and(|o| o != life.me) {
+        // One that asks for nothing more is told, too: it looks.
+        // In small steps: time may leap past a task that has not had its turn.
+        for _ in 0..100 {
+            life.clock.sleep(FINDS_OUT / 100).await;
+        }
+        assert!(!shared.haunt(&lanes[0]).await, "a host that lost the volume {FINDS_OUT:?} ago still acknowledges");
+        shared.saw(|s| s.heard += 1);
     }
     let told = volume.status().background;
     let space = told.space.unwrap_or_default();

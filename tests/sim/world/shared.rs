@@ -277,15 +277,15 @@ impl Shared {
         }
     }
 
-    /// What a host that has lost the volume still does: none of it may ever show.
-    pub(super) async fn haunt(&self, lane: &Lane) {
+    /// What a host that has lost the volume still does: none of it may ever show. Whether it is still acknowledged.
+    pub(super) async fn haunt(&self, lane: &Lane) -> bool {
         let (lba, sectors) = (self.below(SECTORS - 8), 1 + self.below(8));
         let buf = IoBuf::zeroed(sectors as usize * SECTOR);
         (0..sectors).for_each(|s| buf.copy_in(s as usize * SECTOR, &content(u64::MAX, lba + s)));
         let fua = self.below(4) == 0;
-        if lane.write(Lba(lba), buf, fua).await.is_err() {
-            self.saw(|s| s.stopped += 1);
-        }
+        let done = lane.write(Lba(lba), buf, fua).await.is_ok();
+        self.saw(|s| s.stopped += u64::from(!done));
+        done
     }
 
     pub(super) async fn work(&self, life: &Life, lanes: &[Rc<Lane>], at: usize, volume: &Volume) {
