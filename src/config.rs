@@ -91,6 +91,56 @@ impl FromStr for FlushTo {
     }
 }
 
+/// How much garbage the store may keep before a running volume collects some, in percent of its live data: `40%`, `40` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct GarbageLimit(
+    /// None: garbage is left where it is.
+    pub Option<u16>,
+);
+
+impl GarbageLimit {
+    /// Below, moving what lives would cost more than all that is written.
+    const LEAST: u16 = 5;
+    const MOST: u16 = 1000;
+}
+
+impl Default for GarbageLimit {
+    fn default() -> Self {
+        Self(Some(40))
+    }
+}
+
+impl FromStr for GarbageLimit {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        if s == "off" {
+            return Ok(Self(None));
+        }
+        let percent = s.strip_suffix('%').unwrap_or(s).parse().ok();
+        match percent.filter(|p| (Self::LEAST..=Self::MOST).contains(p)) {
+            Some(p) => Ok(Self(Some(p))),
+            None => {
+                let (least, most) = (Self::LEAST, Self::MOST);
+                let why = format!("garbage may be {least}% to {most}% of the live data, or `off`, not {:?}", shown(s));
+                Err(Error::new(ErrorKind::Usage, why))
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GarbageLimit {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        match Option::<NumberOrText>::deserialize(d) {
+            Ok(None) => Ok(Self(None)),
+            Ok(Some(NumberOrText::Number(n))) => n.to_string().parse().map_err(serde::de::Error::custom),
+            Ok(Some(NumberOrText::Text(s))) => s.parse().map_err(serde::de::Error::custom),
+            Err(_) => Err(serde::de::Error::custom("it must be a percentage such as 40, or \"off\"")),
+        }
+    }
+}
+
 /// The start of what somebody wrote, for an error message.
 fn shown(s: &str) -> String {
     s.chars().take(80).collect()
@@ -223,6 +273,8 @@ pub struct FileConfig {
     pub cache_size: Option<ByteSize>,
     /// `--flush` of `add` and `nbd`.
     pub flush: Option<FlushTo>,
+    /// `--gc-garbage` of `add` and `nbd`.
+    pub gc_garbage: Option<GarbageLimit>,
     /// `--io-timeout` of `add` and `nbd`, in seconds.
     pub io_timeout: Option<u32>,
     /// `--metrics` of `add` and `nbd`: a port, or an address with a port.
@@ -315,6 +367,20 @@ impl FileConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn garbage() {
+        for (text, percent) in [("40%", Some(40)), ("5", Some(5)), ("1000%", Some(1000)), ("off", None)] {
+            let limit: GarbageLimit = text.parse().expect(text);
+            assert_eq!(limit.0, percent, "{text}");
+            let written = serde_json::to_string(&limit).expect("JSON");
+            assert_eq!(serde_json::from_str::<GarbageLimit>(&written).expect(&written), limit);
+        }
+        for text in ["", "%", "4%", "1001%", "-5%", "1.5%", "40 %", "on"] {
+            let e = text.parse::<GarbageLimit>().expect_err(text);
+            assert!(e.kind() == ErrorKind::Usage && e.to_string().contains("5% to 1000%"), "{e}");
+        }
+    }
 
     #[test]
     fn sizes() {

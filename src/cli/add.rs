@@ -124,6 +124,7 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
     }
     let (log_path, log_bytes) = log_at(&place, volume, wal_size)?;
     let daemon_log = (!args.foreground).then(|| run.log_path(volume));
+    let gc_garbage = args.gc_garbage.or(defaults.gc_garbage).unwrap_or_default();
     let attach = AttachOptions {
         store_url: settings.store.clone(),
         store_options: settings.store_options.clone(),
@@ -136,14 +137,14 @@ fn plan(settings: &Settings, args: &AddArgs) -> Result<Plan> {
         io_timeout: limit(args.io_timeout.or(defaults.io_timeout)),
         resume: false,
         accept_loss: args.accept_loss,
-        gc: Collect::default(),
+        gc: Collect::above(gc_garbage),
         cache: cache_folder(args.cache.clone(), settings)?.map(|c| c.of(volume)),
         guard_memory: true,
     };
     let strict = args.strict || defaults.strict;
     let mut state = State::new(volume.clone(), settings.store.to_string(), log_path, daemon_log);
     let metrics = args.metrics.or(defaults.metrics);
-    state.how = Some(How::of(&attach, metrics, strict));
+    state.how = Some(How::of(&attach, gc_garbage, metrics, strict));
     Ok(Plan { attach, create, spec, state, metrics, strict, run, held })
 }
 

@@ -14,7 +14,7 @@ pub(crate) use store::{
     VolumeCommand, WalCommand,
 };
 
-use crate::config::{ByteSize, FlushTo, VolumeName};
+use crate::config::{ByteSize, FlushTo, GarbageLimit, VolumeName};
 
 /// A block device whose data lives in an object store.
 #[derive(Debug, Parser)]
@@ -203,6 +203,10 @@ pub(crate) struct AddArgs {
     /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
+    /// How much garbage (what was overwritten or discarded) the store may keep before it is collected in the background, in percent of
+    /// the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]
@@ -287,6 +291,10 @@ pub(crate) struct NbdArgs {
     /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
+    /// How much garbage (what was overwritten or discarded) the store may keep before it is collected in the background, in percent of
+    /// the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
     /// VB_UBLK_IO_TIMEOUT; default: 0, it waits as long as it takes]
     #[arg(long, value_name = "SECONDS")]

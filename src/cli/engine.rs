@@ -36,7 +36,7 @@ pub(super) use crate::disk::file::sync_parent;
 pub(super) use crate::frontend::ublk::{DeviceSpec, DeviceStatus, StopHandle, device_path};
 pub(super) use crate::gc::Policy as Collect;
 pub(super) use crate::volume::VolumeStatus;
-pub(super) use crate::volume::admin::CreateOptions;
+pub(super) use crate::volume::admin::{CreateOptions, Listed};
 pub(super) use crate::volume::attach::utc;
 pub(super) use crate::volume::damage::{Damage, Report};
 pub(super) use crate::volume::host::AttachOptions;
@@ -131,8 +131,8 @@ pub(super) fn ensure(url: &StoreUrl, opts: &StoreOptions, name: &str, create: &C
     })
 }
 
-/// The names of all volumes, in order. A store whose folder was never made has none.
-pub(super) fn list(url: &StoreUrl, opts: &StoreOptions) -> Result<Vec<String>> {
+/// All volumes, in order. A store whose folder was never made has none.
+pub(super) fn list(url: &StoreUrl, opts: &StoreOptions) -> Result<Listed> {
     with_store(url, opts, async |s| admin::list(s).await)
 }
 

@@ -78,7 +78,7 @@ pub(super) fn for_a_while(
         io_timeout: None,
         resume: false,
         accept_loss: false,
-        gc: Collect::default(),
+        gc: Collect::above(settings.add.gc_garbage.unwrap_or_default()),
         cache: None,
         guard_memory: false,
     };

@@ -20,7 +20,7 @@ use super::serve::{self, Plan};
 use super::settings::Settings;
 use super::state::{Held, How, RunDir, State};
 use super::{control, pause};
-use crate::config::VolumeName;
+use crate::config::{GarbageLimit, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{StoreOptions, StoreUrl};
 
@@ -155,7 +155,7 @@ pub(super) fn plan(settings: &Settings, run: &RunDir, volume: &VolumeName) -> Re
             io_timeout: limit(how.io_timeout),
             resume: true,
             accept_loss: false,
-            gc: Collect::default(),
+            gc: Collect::above(how.gc_garbage),
             cache: how.cache.clone(),
             guard_memory: true,
         },
@@ -247,7 +247,12 @@ fn await_end(pid: u32, volume: &VolumeName) -> Result<()> {
 
 impl How {
     /// What a recovery has to know of how a volume is attached.
-    pub(super) fn of(attach: &AttachOptions, metrics: Option<SocketAddr>, strict: bool) -> Self {
+    pub(super) fn of(
+        attach: &AttachOptions,
+        gc_garbage: GarbageLimit,
+        metrics: Option<SocketAddr>,
+        strict: bool,
+    ) -> Self {
         let o = &attach.store_options;
         Self {
             endpoint: o.endpoint.clone(),
@@ -259,6 +264,7 @@ impl How {
             cache: attach.cache.clone(),
             read_only: attach.read_only,
             flush: attach.flush_to,
+            gc_garbage,
             io_timeout: attach.io_timeout.map(|t| u32::try_from(t.as_secs()).unwrap_or(u32::MAX)),
             metrics,
             strict,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::CachePlace;
 use crate::checksum::sha256_hex;
-use crate::config::{FlushTo, VolumeName};
+use crate::config::{FlushTo, GarbageLimit, VolumeName};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// The version of the state file's format.
@@ -43,6 +43,8 @@ pub(crate) struct How {
     pub(crate) read_only: bool,
     #[serde(default)]
     pub(crate) flush: FlushTo,
+    #[serde(default)]
+    pub(crate) gc_garbage: GarbageLimit,
     /// In seconds.
     #[serde(default)]
     pub(crate) io_timeout: Option<u32>,

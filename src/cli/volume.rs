@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::args::VolumeCommand;
 use super::claim::{attached_here, no_snapshot_served_here};
 use super::control::Order;
-use super::engine::{self, CreateOptions};
+use super::engine::{self, CreateOptions, Listed};
 use super::orders::ordered;
 use super::output::{fields, print, print_json};
 use super::place::forget_cache;
@@ -30,11 +30,17 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             }
         }
         VolumeCommand::List(json) => {
-            let names = engine::list(url, opts)?;
-            if json.json {
-                return print_json(&Value::from(names));
+            let Listed { volumes, remains } = engine::list(url, opts)?;
+            for n in remains {
+                tracing::warn!(
+                    "{n} has chunks in the store and no manifest: an import or a deletion is under way, or was interrupted (`vb-ublk volume delete \
+                     {n}` removes the rest), or the manifest was lost (`vb-ublk volume rebuild {n}`)"
+                );
             }
-            print(&names.iter().map(|n| format!("{n}\n")).collect::<String>())
+            if json.json {
+                return print_json(&Value::from_iter(volumes));
+            }
+            print(&volumes.iter().map(|n| format!("{n}\n")).collect::<String>())
         }
         VolumeCommand::Info { volume, space, json } => {
             if *space {

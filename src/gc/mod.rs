@@ -31,6 +31,8 @@ pub mod usage;
 
 use std::time::Duration;
 
+use crate::config::GarbageLimit;
+
 /// When garbage is collected, and how much.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
@@ -55,6 +57,15 @@ impl Policy {
     #[must_use]
     pub fn thorough(&self) -> Self {
         Self { enabled: true, start: 0.02, stop: 0.02, slack_blocks: 0, pause: Duration::ZERO, ..self.clone() }
+    }
+
+    /// Begins when there is more garbage than the user allows, and ends a tenth below.
+    #[must_use]
+    pub fn above(limit: GarbageLimit) -> Self {
+        limit.0.map_or_else(Self::off, |percent| {
+            let start = f64::from(percent) / 100.0;
+            Self { start, stop: start * 0.9, ..Self::default() }
+        })
     }
 
     /// Never.

@@ -9,8 +9,10 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 
 use super::Format;
@@ -20,15 +22,17 @@ use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What zeros are written in, in bytes.
 const ZEROS: usize = 1 << 20;
+/// Bytes from which on a write is worth another thread's time: the next reads are checked meanwhile.
+const WORTH_A_THREAD: usize = 64 << 10;
 
 /// An image that is written once, from front to back; what is not written is zeros, or what lies below the image.
 #[async_trait(?Send)]
 pub trait ImageSink {
-    /// Writes `data` at byte `at`, behind all that was written before.
+    /// Writes `data` at byte `at`, behind all that was written before. Where it may block for long, another thread does it.
     ///
     /// # Errors
     /// The system's.
-    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()>;
+    async fn write(&mut self, at: u64, data: Bytes) -> Result<()>;
 
     /// Says that bytes behind all that was written before are zeros, whatever lies below.
     ///
@@ -138,7 +142,7 @@ impl Output {
         out.sink = match format {
             Format::Raw => {
                 file.set_len(size).context(|| format!("making {what} {size} bytes long"))?;
-                Box::new(RawOut { file, what, size, at: size, device: false })
+                Box::new(RawOut { file: Arc::new(file), what, size, at: size, device: false })
             }
             Format::Qcow2 => Box::new(NewQcow2::create(file, &what, size, below.as_ref()).await?),
         };
@@ -212,7 +216,7 @@ struct Nowhere;
 
 #[async_trait(?Send)]
 impl ImageSink for Nowhere {
-    async fn write(&mut self, at: u64, _data: &[u8]) -> Result<()> {
+    async fn write(&mut self, at: u64, _data: Bytes) -> Result<()> {
         Err(Error::new(ErrorKind::Internal, format!("writing byte {at} of an image that was never begun")))
     }
 
@@ -223,7 +227,7 @@ impl ImageSink for Nowhere {
 
 /// A raw image in a new file, where gaps are holes; or on a device, where they are zeroed.
 struct RawOut {
-    file: File,
+    file: Arc<File>,
     what: String,
     size: u64,
     /// On a device: everything before this is done.
@@ -247,7 +251,7 @@ impl RawOut {
             let why = format!("{what} has {room} bytes, the volume {size}: name a larger device");
             return Err(Error::new(ErrorKind::Full, why));
         }
-        Ok(Self { file, what, size, at: 0, device: true })
+        Ok(Self { file: Arc::new(file), what, size, at: 0, device: true })
     }
 
     /// Zeros from where it is up to byte `to`, on a device.
@@ -259,7 +263,7 @@ impl RawOut {
         self.at = to;
         // On a block device the kernel makes this the device's own zeroing (as BLKZEROOUT does), or writes zeros.
         let zeroing = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        if fallocate(&self.file, zeroing, from.cast_signed(), length.cast_signed()).is_ok() {
+        if fallocate(&*self.file, zeroing, from.cast_signed(), length.cast_signed()).is_ok() {
             return Ok(());
         }
         let zeros = vec![0; ZEROS.min(length as usize)];
@@ -277,12 +281,18 @@ impl RawOut {
 
 #[async_trait(?Send)]
 impl ImageSink for RawOut {
-    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+    async fn write(&mut self, at: u64, data: Bytes) -> Result<()> {
         self.zero_up_to(at)?;
-        self.file
-            .write_all_at(data, at)
-            .context(|| format!("writing {} bytes at byte {at} of {}", data.len(), self.what))?;
-        self.at = self.at.max(at + data.len() as u64);
+        let length = data.len();
+        let wrote = if length < WORTH_A_THREAD {
+            self.file.write_all_at(&data, at)
+        } else {
+            let file = Arc::clone(&self.file);
+            let written = tokio::task::spawn_blocking(move || file.write_all_at(&data, at)).await;
+            written.unwrap_or_else(|e| Err(std::io::Error::other(e)))
+        };
+        wrote.context(|| format!("writing {length} bytes at byte {at} of {}", self.what))?;
+        self.at = self.at.max(at + length as u64);
         Ok(())
     }
 
@@ -318,9 +328,9 @@ impl Stream {
 
 #[async_trait(?Send)]
 impl ImageSink for Stream {
-    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+    async fn write(&mut self, at: u64, data: Bytes) -> Result<()> {
         self.zero_up_to(at)?;
-        self.to.write_all(data).context(|| format!("writing byte {at} to {}", self.what))?;
+        self.to.write_all(&data).context(|| format!("writing byte {at} to {}", self.what))?;
         self.at = at + data.len() as u64;
         Ok(())
     }

@@ -1,8 +1,11 @@
 //! Volumes that nobody needs to attach for this: create, list, info, delete.
 
+use std::collections::BTreeSet;
+
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::snapshots::{forget_parent, mark_deleted, not_needed};
+use crate::chunk::header::parse_key;
 use crate::config::split_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, By, Manifest, Published};
@@ -68,21 +71,38 @@ pub(super) async fn nothing_there(store: &dyn Store, name: &str) -> Result<()> {
     ))
 }
 
-/// The names of all volumes in the store, in order.
+/// What a store holds, by name, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// The volumes.
+    pub volumes: BTreeSet<String>,
+    /// Names under which there are chunks, or a clone's deletion is noted, and no manifest.
+    pub remains: BTreeSet<String>,
+}
+
+/// The names of all volumes in the store, and of what may once have been, or become, one.
 ///
 /// # Errors
 /// The store's.
-pub async fn list(store: &dyn Store) -> Result<Vec<String>> {
+pub async fn list(store: &dyn Store) -> Result<Listed> {
     let objects =
         store.list("", None).await.map_err(|e| e.context(format!("listing the volumes in {}", store.url())))?;
-    let mut names: Vec<String> = objects
-        .iter()
-        .filter_map(|o| o.key.strip_suffix("/manifest.json"))
-        .filter(|n| manifest::check_name(n).is_ok())
-        .map(str::to_owned)
-        .collect();
-    names.sort();
-    Ok(names)
+    let mut found = Listed::default();
+    for (name, rest) in objects.iter().filter_map(|o| o.key.split_once('/')) {
+        if manifest::check_name(name).is_err() {
+            continue;
+        }
+        // Others keep chunks here, too: under names of other forms.
+        let is_chunk = || rest.strip_prefix("chunks/").is_some_and(|c| parse_key(c).is_some());
+        match rest {
+            "manifest.json" => drop(found.volumes.insert(name.to_owned())),
+            "manifest.json.deleted" => drop(found.remains.insert(name.to_owned())),
+            _ if !found.remains.contains(name) && is_chunk() => drop(found.remains.insert(name.to_owned())),
+            _ => {}
+        }
+    }
+    found.remains.retain(|n| !found.volumes.contains(n));
+    Ok(found)
 }
 
 /// A volume's manifest; of a snapshot (`VOLUME@SNAPSHOT`), as if the volume still were as it was then.

@@ -2,13 +2,15 @@
 //!
 //! Invariants:
 //! - Every block is checked before it is written; a damaged one ends the export.
-//! - At most [`PARALLEL`] reads are under way, each of up to 1 MiB.
+//! - At most [`PARALLEL`] reads are under way, each of up to 1 MiB; they go on while a write does.
 //! - Nothing in the store is changed.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use futures_util::future::join;
+use futures_util::stream::{self, Stream, StreamExt};
 use serde::Serialize;
 
 use super::admin;
@@ -145,19 +147,35 @@ fn pieces(map: &BaseImage) -> impl Iterator<Item = Piece> {
     })
 }
 
+/// Writes what is read, one after the other; the next reads go on meanwhile.
+pub(super) async fn in_order<T>(
+    reads: impl Stream<Item = (T, Result<Bytes>)>,
+    mut write: impl AsyncFnMut(T, Bytes) -> Result<()>,
+) -> Result<()> {
+    let mut reads = pin!(reads);
+    let mut next = reads.next().await;
+    while let Some((what, read)) = next {
+        let (wrote, following) = join(write(what, read?), reads.next()).await;
+        wrote?;
+        next = following;
+    }
+    Ok(())
+}
+
 /// Writes all that the map has to `to`, in order; it is not finished then. Tells now and then how far it is.
 ///
 /// # Errors
 /// `Corrupt` for a damaged block, with the bytes of the volume that it is; the store's; the image's.
 pub async fn export(base: &Base, to: &mut dyn ImageSink, told: &mut dyn FnMut(Progress)) -> Result<Exported> {
     let mut progress = Progress { bytes: 0, of: base.map.mapped_blocks() * BLOCK as u64 };
-    let mut reads = stream::iter(pieces(&base.map)).map(|p| async move { (p, base.read(p).await) }).buffered(PARALLEL);
-    while let Some((p, read)) = reads.next().await {
-        let data = read?;
-        to.write(p.block.0 * BLOCK as u64, &data).await?;
+    let reads = stream::iter(pieces(&base.map)).map(|p| async move { (p, base.read(p).await) }).buffered(PARALLEL);
+    in_order(reads, async |p: Piece, data| {
         progress.bytes += data.len() as u64;
+        to.write(p.block.0 * BLOCK as u64, data).await?;
         told(progress);
-    }
+        Ok(())
+    })
+    .await?;
     Ok(Exported { size_bytes: base.size_bytes(), data_bytes: progress.of })
 }
 

@@ -5,11 +5,12 @@
 //! - A cluster that was changed and has no data any more is told to be zeros: it must hide what is below.
 //! - Every block is checked before it is written, as in [`super::export`]. At most [`PARALLEL`] reads are under way.
 
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 
 use super::diff::Diff;
-use super::export::{Base, PARALLEL, PIECE, Piece, Progress};
+use super::export::{Base, PARALLEL, PIECE, Piece, Progress, in_order};
 use crate::error::Result;
 use crate::image::{CLUSTER, ImageSink};
 use crate::map::{BaseImage, Change};
@@ -81,9 +82,9 @@ fn stretches(changes: impl Iterator<Item = Change>, to: &BaseImage) -> impl Iter
 }
 
 /// What a stretch holds, zeros and all.
-async fn read(base: &Base, s: Stretch) -> Result<Vec<u8>> {
+async fn read(base: &Base, s: Stretch) -> Result<Bytes> {
     if !s.data {
-        return Ok(Vec::new());
+        return Ok(Bytes::new());
     }
     let mut all = vec![0; s.blocks as usize * BLOCK];
     for r in base.map.runs_of(BlockNo(s.block), s.blocks) {
@@ -92,7 +93,7 @@ async fn read(base: &Base, s: Stretch) -> Result<Vec<u8>> {
         let from = (r.block.0 - s.block) as usize * BLOCK;
         all[from..from + data.len()].copy_from_slice(&data);
     }
-    Ok(all)
+    Ok(all.into())
 }
 
 /// Writes what has changed to `to`, in order; it is not finished then. Tells now and then how far it is.
@@ -107,17 +108,19 @@ pub async fn export(diff: &Diff, to: &mut dyn ImageSink, told: &mut dyn FnMut(Pr
         *if s.data { &mut done.data_bytes } else { &mut done.zero_bytes } += s.blocks * BLOCK as u64;
     }
     let mut progress = Progress { bytes: 0, of: done.data_bytes };
-    let mut reads = stream::iter(all()).map(|s| async move { (s, read(base, s).await) }).buffered(PARALLEL);
-    while let Some((s, read)) = reads.next().await {
-        let (at, data) = (s.block * BLOCK as u64, read?);
+    let reads = stream::iter(all()).map(|s| async move { (s, read(base, s).await) }).buffered(PARALLEL);
+    in_order(reads, async |s: Stretch, data: Bytes| {
+        let at = s.block * BLOCK as u64;
+        progress.bytes += data.len() as u64;
         if s.data {
-            to.write(at, &data).await?;
+            to.write(at, data).await?;
         } else {
             to.write_zeros(at, s.blocks * BLOCK as u64).await?;
         }
-        progress.bytes += data.len() as u64;
         told(progress);
-    }
+        Ok(())
+    })
+    .await?;
     Ok(done)
 }
 

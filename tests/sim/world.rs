@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tempfile::TempDir;
 use vb_ublk::config::FlushTo;
 use vb_ublk::disk::IoBuf;
@@ -435,8 +436,8 @@ struct Image(Vec<u8>);
 
 #[async_trait::async_trait(?Send)]
 impl ImageSink for Image {
-    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
-        self.0[at as usize..at as usize + data.len()].copy_from_slice(data);
+    async fn write(&mut self, at: u64, data: Bytes) -> Result<()> {
+        self.0[at as usize..at as usize + data.len()].copy_from_slice(&data);
         Ok(())
     }
 

@@ -55,7 +55,8 @@ fn what_is_overwritten_gives_its_space_back() {
     let space = host.volume().status().background.space.unwrap();
     assert_eq!(space.stored_bytes, stored(&bench), "{space:?}");
     let live = space.live_bytes;
-    assert!(live > 20 << 20 && space.stored_bytes < live + live / 16, "{space:?}");
+    // What is left would have cost 16 times as much to copy; and chunks have headers.
+    assert!(live > 20 << 20 && space.stored_bytes < live + live / 16 + live / 64, "{space:?}");
     assert!(space.gc_deleted_objects > space.gc_deleted_chunks && space.gc_deleted_chunks > 10, "{space:?}");
     assert!(space.gc_deleted_objects > 20 && space.gc_read_bytes > 0 && space.gc_written_bytes > 0, "{space:?}");
     host.detach().unwrap();

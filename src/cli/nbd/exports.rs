@@ -53,7 +53,7 @@ impl Exports for Served {
             return Ok(self.names.iter().map(ToString::to_string).collect());
         }
         let volumes = self.registry.attacher();
-        engine::list(&volumes.store, &volumes.store_options)
+        Ok(engine::list(&volumes.store, &volumes.store_options)?.volumes.into_iter().collect())
     }
 
     fn info(&self, name: &str) -> Result<ExportInfo> {

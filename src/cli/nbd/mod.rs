@@ -34,7 +34,7 @@ use super::protect;
 use super::settings::{LogPlace, Settings};
 use super::signals::Signals;
 use super::state::RunDir;
-use crate::config::{FlushTo, VolumeName};
+use crate::config::{FlushTo, GarbageLimit, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::frontend::nbd::server::Server;
 use crate::frontend::nbd::{ServerSpec, Tls, tls};
@@ -72,6 +72,7 @@ struct Plan {
     wal_bytes: u64,
     cache: Option<CacheFolder>,
     flush_to: FlushTo,
+    gc_garbage: GarbageLimit,
     io_timeout: Option<Duration>,
     metrics: Option<SocketAddr>,
     strict: bool,
@@ -105,6 +106,7 @@ pub(super) fn run(settings: &Settings, args: &NbdArgs) -> Result<()> {
         wal_bytes: plan.wal_bytes,
         cache: plan.cache,
         flush_to: plan.flush_to,
+        gc_garbage: plan.gc_garbage,
         io_timeout: plan.io_timeout,
         force: plan.force,
         accept_loss: plan.accept_loss,
@@ -254,6 +256,7 @@ fn plan(settings: &Settings, args: &NbdArgs) -> Result<Plan> {
         wal_bytes,
         cache: cache_folder(args.cache.clone(), settings)?,
         flush_to: args.flush.or(add.flush).unwrap_or_default(),
+        gc_garbage: args.gc_garbage.or(add.gc_garbage).unwrap_or_default(),
         io_timeout: limit(args.io_timeout.or(add.io_timeout)),
         metrics: args.metrics.or(add.metrics),
         strict: args.strict || add.strict,

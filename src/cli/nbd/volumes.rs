@@ -24,7 +24,7 @@ use super::super::place::{CacheFolder, wal_file};
 use super::super::state::{Held, RunDir, State};
 use super::listen::Uri;
 use super::registry::Attacher;
-use crate::config::{FlushTo, VolumeName};
+use crate::config::{FlushTo, GarbageLimit, VolumeName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::frontend::nbd::{ExportInfo, ServerStatus};
 use crate::lane::Lane;
@@ -43,6 +43,7 @@ pub(super) struct Volumes {
     pub(super) wal_bytes: u64,
     pub(super) cache: Option<CacheFolder>,
     pub(super) flush_to: FlushTo,
+    pub(super) gc_garbage: GarbageLimit,
     pub(super) io_timeout: Option<Duration>,
     pub(super) force: bool,
     /// End damaged logs before their damage.
@@ -245,7 +246,7 @@ impl Volumes {
             io_timeout: self.io_timeout,
             resume: false,
             accept_loss: self.accept_loss,
-            gc: Collect::default(),
+            gc: Collect::above(self.gc_garbage),
             cache: self.cache.as_ref().map(|c| c.of(name)),
             guard_memory: false,
         });

@@ -14,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use imago::file::File as Storage;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -228,9 +229,9 @@ impl NewQcow2 {
 
 #[async_trait(?Send)]
 impl ImageSink for NewQcow2 {
-    async fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+    async fn write(&mut self, at: u64, data: Bytes) -> Result<()> {
         let what = || format!("writing {} bytes at byte {at} of the disk to {}", data.len(), self.what);
-        self.access.write(data, at).await.map_err(|e| failed(what(), e))
+        self.access.write(&*data, at).await.map_err(|e| failed(what(), e))
     }
 
     async fn write_zeros(&mut self, at: u64, length: u64) -> Result<()> {
