@@ -157,3 +157,25 @@ fn collecting_uses_the_volumes_own_log() {
     let refused = b.command("gc v --dry-run --wal-dir there").output().expect("started");
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
 }
+
+#[test]
+fn caches_go_with_what_they_are_of() {
+    let b = Bench::new();
+    let cache = b.dir.path().join("data/cache");
+    std::fs::create_dir_all(&cache).expect("folder");
+    let left = || {
+        let files = std::fs::read_dir(&cache).expect("folder").map(|f| f.expect("file").file_name());
+        let mut names: Vec<String> = files.map(|n| n.into_string().expect("text")).collect();
+        names.sort();
+        names
+    };
+    b.ok("volume create v --size 1M");
+    b.ok("snapshot create v s");
+    for name in ["v.cache", "v@s.cache", "v@t.cache", "w.cache", "vv@s.cache", "v@s.cache.mine"] {
+        std::fs::write(cache.join(name), "x").expect("write");
+    }
+    b.ok("snapshot delete v s");
+    assert_eq!(left(), ["v.cache", "v@s.cache.mine", "v@t.cache", "vv@s.cache", "w.cache"]);
+    b.ok("volume delete v");
+    assert_eq!(left(), ["v@s.cache.mine", "vv@s.cache", "w.cache"]);
+}

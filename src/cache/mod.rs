@@ -1,6 +1,6 @@
 //! Blocks of chunks kept on a local disk, in one file for each volume.
 //!
-//! - [`slot`]: the file's format.
+//! - [`slot`]: the file's format; [`room`]: which slots are free.
 //! - [`fetch`]: what is not here, from the store: one request for all who wait, and into the cache with it.
 //! - [`ahead`]: reads that follow one another, and what to fetch before they ask for it.
 //!
@@ -15,13 +15,14 @@
 pub mod ahead;
 mod counts;
 pub mod fetch;
+mod room;
 pub mod slot;
 pub mod trace;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use futures_util::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,7 @@ use crate::map::Location;
 use crate::units::{BLOCK, BlockNo, ChunkNo, human_bytes};
 pub use counts::CacheStatus;
 use counts::Counts;
+use room::{Room, Slot};
 use slot::{PAGE_BLOCKS, SLOT_BYTES, SlotHeader, parts};
 
 /// Slots that the index leaves free, for what is being written and what readers still hold.
@@ -72,37 +74,6 @@ fn page_of(at: Location) -> PageId {
     page_id(at.source(), at.chunk(), at.index() / PAGE_BLOCKS as u16)
 }
 
-#[derive(Debug, Default)]
-struct Free(Mutex<Vec<u32>>);
-
-impl Free {
-    fn take(&self) -> Option<u32> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
-    }
-    fn give(&self, slot: u32) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
-    }
-}
-
-/// A slot that somebody has; free again when it is dropped.
-#[derive(Debug)]
-struct Slot {
-    number: u32,
-    free: Arc<Free>,
-}
-
-impl Slot {
-    fn at(&self) -> u64 {
-        u64::from(self.number) * SLOT_BYTES
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.free.give(self.number);
-    }
-}
-
 /// A page in the cache; its slot stays as long as this lives.
 #[derive(Debug)]
 pub struct Page {
@@ -128,14 +99,12 @@ const fn mask(from: usize, blocks: usize) -> u16 {
 /// See the module's page.
 pub struct Cache {
     pages: quick_cache::sync::Cache<PageId, Arc<Page>>,
-    free: Arc<Free>,
+    room: Arc<Room>,
+    /// How many slots there are for which the index was told.
+    fitted: AtomicU32,
     /// How many slots the file had when it was opened, that [`Self::restore`] has not taken up.
     old: AtomicU32,
     slots: u32,
-    /// Slots from here on have not been written.
-    written: AtomicU32,
-    /// Whether the file system had room at the last look.
-    roomy: AtomicBool,
     file: Arc<DataFile>,
     counts: Counts,
 }
@@ -190,16 +159,10 @@ impl Cache {
             );
         }
         let slots = ((*bytes).min(room) / SLOT_BYTES) as u32;
-        let size = u64::from(slots) * SLOT_BYTES;
-        let resized = || format!("giving the cache {} its size", path.display());
-        let had = file.size()?;
-        if had != size {
-            file.dup().and_then(|f| f.set_len(size)).context(resized)?;
-        }
-        let capacity = slots - RESERVE;
+        let capacity = capacity_of(slots);
         let options = quick_cache::OptionsBuilder::new()
             .estimated_items_capacity(capacity as usize)
-            .weight_capacity(u64::from(capacity))
+            .weight_capacity(capacity)
             .shards(SHARDS)
             .build()
             .map_err(|e| Error::new(ErrorKind::Internal, format!("laying out the cache's index: {e}")))?;
@@ -209,20 +172,9 @@ impl Cache {
             quick_cache::DefaultHashBuilder::default(),
             quick_cache::sync::DefaultLifecycle::default(),
         );
-        let free = Arc::new(Free::default());
-        // Behind the old end there is nothing to be looked at.
-        let old = ((had / SLOT_BYTES) as u32).min(slots);
-        *free.0.lock().unwrap_or_else(PoisonError::into_inner) = (old..slots).rev().collect();
-        Ok(Self {
-            pages,
-            free,
-            old: old.into(),
-            written: old.into(),
-            roomy: true.into(),
-            slots,
-            file: Arc::new(file),
-            counts: Counts::default(),
-        })
+        let file = Arc::new(file);
+        let (room, old) = Room::of(Arc::clone(&file), slots)?;
+        Ok(Self { pages, room, fitted: slots.into(), old: old.into(), slots, file, counts: Counts::default() })
     }
 
     /// The file: lanes dup it.
@@ -346,29 +298,6 @@ impl Cache {
         }
     }
 
-    /// Whether there is room for a slot that may be new in the file: not the last tenth of the file system, which logs may need.
-    fn may_write(&self, slot: u32) -> bool {
-        if self.written.fetch_max(slot + 1, Ordering::Relaxed) > slot {
-            return true;
-        }
-        // Slots are new one after the other: a look every 4 MiB, and at each while there is no room.
-        if slot.is_multiple_of(64) || !self.roomy.load(Ordering::Relaxed) {
-            let roomy =
-                nix::sys::statvfs::fstatvfs(&*self.file).is_ok_and(|fs| fs.blocks_available() > fs.blocks() / 10);
-            if self.roomy.swap(roomy, Ordering::Relaxed) && !roomy {
-                tracing::warn!(
-                    "the cache {} grows no further: its file system is nearly full",
-                    self.file.path().display()
-                );
-            }
-        }
-        let roomy = self.roomy.load(Ordering::Relaxed);
-        if !roomy {
-            self.written.fetch_min(slot, Ordering::Relaxed);
-        }
-        roomy
-    }
-
     /// A page, or a part of one: `data` from the chunk's stored block `at` on.
     async fn admit_part<D: Disk>(
         &self,
@@ -385,11 +314,13 @@ impl Cache {
         if present == 0 || !self.lacks(id, present) {
             return;
         }
-        let Some(number) = self.free.take() else { return };
-        let slot = Slot { number, free: self.free.clone() };
-        if !self.may_write(number) {
-            return;
+        let slot = self.room.take();
+        let limit = self.room.limit();
+        if self.fitted.swap(limit, Ordering::Relaxed) != limit {
+            // Where there are fewer slots, pages have to make room for others.
+            self.pages.set_capacity(capacity_of(limit));
         }
+        let Some(slot) = slot else { return };
         let mut crcs = [0; PAGE_BLOCKS];
         for (i, crc) in crcs.iter_mut().enumerate().filter(|(i, _)| present & mask(*i, 1) != 0) {
             *crc = header.crcs[page * PAGE_BLOCKS + i];
@@ -431,7 +362,7 @@ impl Cache {
     pub async fn restore<D: Disk>(&self, disk: &D, keys: &Keys, ends: impl Fn() -> bool) {
         let old = self.old.swap(0, Ordering::Relaxed);
         let looks = stream::iter(0..old).take_while(|_| std::future::ready(!ends())).map(|number| async move {
-            let slot = Slot { number, free: self.free.clone() };
+            let slot = self.room.claim(number);
             let block = IoBuf::zeroed(BLOCK);
             if disk.read_at(slot.at(), block.clone()).await.is_err() {
                 return;
@@ -458,6 +389,11 @@ impl Cache {
     pub fn status(&self) -> CacheStatus {
         self.counts.status(u64::from(self.slots) * SLOT_BYTES, (self.pages.len() * PAGE_BLOCKS * BLOCK) as u64)
     }
+}
+
+/// How many pages the index has where there are so many slots.
+fn capacity_of(slots: u32) -> u64 {
+    u64::from(slots - RESERVE.min(slots / 2))
 }
 
 /// How large the cache may be: what it takes already, and half of what is free, for a log may be on the same file system.

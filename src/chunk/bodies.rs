@@ -17,8 +17,8 @@ use crate::units::BLOCK;
 const FULL: usize = HEADER_ROOM + MAX_BLOCKS * BLOCK;
 /// Smaller bodies are made for the occasion.
 const WORTH_KEEPING: usize = FULL / 2;
-/// Free buffers that are kept unless somebody says otherwise: those of a group.
-const KEPT: usize = 9;
+/// Free buffers that are kept unless somebody says otherwise: those of a large group.
+const KEPT: usize = 16;
 
 /// A pool of chunk-sized buffers; clones share it.
 #[derive(Debug, Clone)]

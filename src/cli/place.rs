@@ -105,11 +105,18 @@ fn cache_dir_of(chosen: Option<PathBuf>, settings: &Settings) -> PathBuf {
     chosen.unwrap_or_else(|| settings.data_dir.join("cache"))
 }
 
-/// Removes the cache of a volume that is no more, where somebody or this host's settings have it.
+/// Removes the cache of a volume or a snapshot that is no more, and those of its snapshots, where somebody or this host's settings have
+/// them.
 pub(super) fn forget_cache(chosen: Option<PathBuf>, settings: &Settings, volume: &VolumeName) {
-    let path = engine::cache_file(&cache_dir_of(chosen, settings), volume.as_str());
-    if let Err(e) = remove_if_there(&path) {
-        tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());
+    let dir = cache_dir_of(chosen, settings);
+    let of_snapshots = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|f| f.path()).filter(|p| {
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        name.strip_prefix(volume.as_str()).is_some_and(|rest| rest.starts_with('@') && rest.ends_with(".cache"))
+    });
+    for path in of_snapshots.chain([engine::cache_file(&dir, volume.as_str())]) {
+        if let Err(e) = remove_if_there(&path) {
+            tracing::warn!("the cache {} is of no use any more, and cannot be removed: {e}", path.display());
+        }
     }
 }
 

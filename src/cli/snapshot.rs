@@ -9,6 +9,7 @@ use super::engine;
 use super::engine::images::{self, ChangeKind, Diff, bytes_of};
 use super::orders::ordered;
 use super::output::{Long, print, print_json, table};
+use super::place::forget_cache;
 use super::settings::Settings;
 use crate::config::VolumeName;
 use crate::error::{Error, ErrorKind, Result};
@@ -76,6 +77,7 @@ pub(super) fn run(settings: &Settings, command: &SnapshotCommand) -> Result<()> 
             if !ordered(settings, volume, &Order::DeleteSnapshot { name: name.clone() })? {
                 engine::delete_snapshot(url, opts, volume.as_str(), name)?;
             }
+            forget_cache(settings.add.cache.cache_dir.clone(), settings, &format!("{volume}@{name}").parse()?);
             if json.json {
                 return print_json(&json!({ "volume": volume, "snapshot": name }));
             }

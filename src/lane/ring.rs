@@ -47,6 +47,14 @@ impl OwnRing {
     pub fn new(entries: u32, mode: RingMode) -> io::Result<Self> {
         Ok(Self(RefCell::new(mode.build(entries)?)))
     }
+
+    /// The same in the best mode that the kernel has.
+    ///
+    /// # Errors
+    /// What `io_uring_setup` says.
+    pub fn best(entries: u32) -> io::Result<Self> {
+        Self::new(entries, RingMode::Deferred).or_else(|_| Self::new(entries, RingMode::Cooperative))
+    }
 }
 
 impl Ring for OwnRing {

@@ -189,7 +189,6 @@ impl<D: Disk> Appender<D> {
                     // Discards have no data to bound a batch, and a larger header would not be read back.
                     && header_bytes(entries, blocks) <= MAX_HEADER_BYTES
                     && blocks * BLOCK <= MAX_BATCH_BYTES
-                    && header_bytes(entries, blocks) <= MAX_HEADER_BYTES
                     && header_bytes(entries, blocks) + blocks * BLOCK <= self.log.geometry().max_record() as usize
             });
         if !roomy {

@@ -26,7 +26,7 @@ use super::transport::{Input, Transport};
 use super::visit::{Stream, Visit};
 use super::{Export, ExportInfo, Exports};
 use crate::error::{Context as _, Result};
-use crate::lane::{Driver, Lane, LaneSocket, LaneTimer, OwnRing, RingMode};
+use crate::lane::{Driver, Lane, LaneSocket, LaneTimer, OwnRing};
 use crate::time::{Timer, monotonic_now};
 use crate::volume::engine::Engine;
 
@@ -90,7 +90,7 @@ pub(super) struct Worker<X: Exports> {
 
 /// The life of a worker's thread. Says on `ready` how its set-up went.
 pub(super) fn run<X: Exports>(shared: Arc<Shared<X>>, door: &Arc<Door>, ready: oneshot::Sender<Result<()>>) {
-    let lane = OwnRing::new(ENTRIES, RingMode::Cooperative).and_then(Lane::new);
+    let lane = OwnRing::best(ENTRIES).and_then(Lane::new);
     let lane = match lane.context(|| "making a worker's io_uring (it needs Linux 5.19)") {
         Ok(lane) => lane,
         Err(e) => {

@@ -7,18 +7,22 @@ use futures_util::future::{Either, select};
 
 use super::memory::SHORT_GROUP_BYTES;
 use super::{Background, Backoff, Event, Group, no_trouble, trouble};
+use crate::chunk::header::MAX_BLOCKS;
 use crate::chunk::pack::{BuiltChunk, GroupTicket, Sources, build, key_of, map_extents};
 use crate::disk::Disk;
 use crate::map::GroupUpdate;
 use crate::time::Timer;
-use crate::units::{ChunkNo, GroupNo};
+use crate::units::{BLOCK, ChunkNo, GroupNo};
 use crate::volume::throttle;
 use crate::wal::log::LogEntry;
 
-/// Data of a group, in bytes of log, at most: twice as much under backlog, when more is overwritten within a group.
-const GROUP_BYTES: u64 = 32 << 20;
+/// Data of a full chunk, in bytes.
+const CHUNK_BYTES: u64 = (MAX_BLOCKS * BLOCK) as u64;
+/// Data of a group, in bytes of log, at most: of whole chunks, so that none is left over for a few blocks. Twice as much under backlog,
+/// when more is overwritten within a group.
+const GROUP_BYTES: u64 = 8 * CHUNK_BYTES;
 /// Data of a group in the smallest logs.
-const GROUP_BYTES_MIN: u64 = 4 << 20;
+const GROUP_BYTES_MIN: u64 = CHUNK_BYTES;
 /// A group is at most this share of the log: room comes free a group at a time.
 const GROUPS_IN_LOG: u64 = 16;
 /// Entries of a group.

@@ -37,7 +37,7 @@ use replies::Outgoing;
 use work::{SECTOR_BYTES, count, is_whole, sectors_around};
 
 /// Received at once, in bytes: at first, and when a client sends much.
-const INPUT: usize = 32 << 10;
+const INPUT: usize = 64 << 10;
 const MAX_INPUT: usize = 256 << 10;
 /// A payload of more than this is received straight into its place, if it is not there already.
 const DIRECT: usize = 32 << 10;

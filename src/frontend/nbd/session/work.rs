@@ -144,6 +144,9 @@ impl<T: Transport, E: Engine> Session<T, E> {
 
     /// So that others of the lane have turns between.
     async fn read_in_steps(&self, from: u64, to: &IoBuf) -> Result<(), IoFault> {
+        if to.len() <= STEP {
+            return self.served.engine.read(Lba(from), to.clone()).await;
+        }
         let steps = (0..to.len()).step_by(STEP).map(|at| {
             let part = to.slice(at..(at + STEP).min(to.len()));
             self.served.engine.read(Lba(from + (at / SECTOR) as u64), part)
