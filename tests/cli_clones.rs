@@ -2,6 +2,10 @@
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -115,6 +119,37 @@ fn a_clone_is_flattened_and_its_parent_deleted() {
         b.ok(&format!("export {v} {v}.img"));
         assert!(std::fs::read(b.dir.path().join(format!("{v}.img"))).expect("image") == content, "{v}");
     }
+}
+
+/// What is attached for as long as an order takes is detached again when the order is stopped.
+#[test]
+fn a_flattening_that_is_stopped_leaves_the_volume_detached() {
+    let b = Bench::new();
+    let block = |i: u32| i.to_le_bytes().repeat(1024);
+    let content: Vec<u8> = (1..=(256 << 20) / 4096).flat_map(block).collect();
+    std::fs::write(b.dir.path().join("image"), &content).expect("image");
+    b.ok("import image --volume v");
+    b.ok("snapshot create v s");
+    b.ok("clone v@s c");
+    let child = b.command("volume flatten c").spawn().expect("started");
+    let begun = Instant::now();
+    while !b.dir.path().join("data/store/c/chunks").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "nothing is copied");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).expect("signal");
+    let out = child.wait_with_output().expect("ended");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(1) && said.contains("stopped before volume c was done"), "{out:?}");
+    let info: serde_json::Value = serde_json::from_str(&b.ok("volume info c --json")).expect("JSON");
+    assert!(info["writer"].is_null(), "{info}");
+    let refused = b.fails("volume delete v");
+    assert!(refused.contains("c was made from it"), "{refused}");
+    b.ok("volume flatten c");
+    b.ok("snapshot delete v s");
+    b.ok("volume delete v");
+    b.ok("export c c.img");
+    assert!(std::fs::read(b.dir.path().join("c.img")).expect("image") == content);
 }
 
 /// What a deletion has left that was cut short is of the volume that it was of.

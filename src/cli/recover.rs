@@ -308,6 +308,50 @@ mod tests {
     }
 
     #[test]
+    fn what_the_new_program_cannot_read_is_noticed_first() {
+        use crate::checksum::crc_around;
+        use crate::wal::codec::{SUPERBLOCK_AT, Superblock};
+
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("w");
+        let sb = Superblock {
+            update: 2,
+            volume: uuid::Uuid::from_u128(1),
+            log_id: 2,
+            segment_bytes: 4 << 20,
+            max_segments: 16,
+            volume_sectors: 8,
+            logical_block: 512,
+            packed_through: crate::units::Seq(3),
+            confirmed: crate::units::Nonce(4),
+            drawn: Vec::new(),
+        };
+        let with = |copies: [&[u8]; 2]| {
+            let mut file = vec![0; SUPERBLOCK_AT[1] as usize];
+            file[..copies[0].len()].copy_from_slice(copies[0]);
+            file.extend_from_slice(copies[1]);
+            std::fs::write(&path, file).expect("write");
+            engine::knows_log(&path).map_err(|e| (e.kind(), e.to_string()))
+        };
+        let good = sb.encode();
+        let mut torn = good.clone();
+        torn[100] ^= 1;
+        // As a program to come may write it: whole, and of another version.
+        let mut newer = good.clone();
+        newer[4] += 1;
+        newer[8..12].fill(0);
+        let crc = crc_around(&[], &newer, 8);
+        newer[8..12].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(with([&good, &good]), Ok(()));
+        assert_eq!(with([&torn, &good]), Ok(()), "one copy is enough");
+        let (kind, why) = with([&newer, &newer]).expect_err("another version");
+        assert!(kind == ErrorKind::Unsupported && why.contains("version"), "{why}");
+        assert_eq!(with([&torn, &[]]).expect_err("nothing to read").0, ErrorKind::Unsupported);
+        std::fs::remove_file(&path).expect("remove");
+        assert_eq!(engine::knows_log(&path).expect_err("no log").kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
     fn the_living_are_left_alone() {
         let dir = tempfile::tempdir().expect("dir");
         let run = RunDir::create(&dir.path().join("run")).expect("run");
