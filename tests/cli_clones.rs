@@ -135,7 +135,7 @@ fn a_flattening_that_is_stopped_leaves_the_volume_detached() {
     let begun = Instant::now();
     while !b.dir.path().join("data/store/c/chunks").exists() {
         assert!(begun.elapsed() < Duration::from_secs(30), "nothing is copied");
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::park_timeout(Duration::from_millis(5));
     }
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).expect("signal");
     let out = child.wait_with_output().expect("ended");

@@ -45,7 +45,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some(published) = &self.published else { return };
         let last = published.manifest.checkpoint.as_ref().map_or(0, |c| c.last_chunk.0);
         let snapshots = self.snapshots.iter().any(|s| s.after <= self.applied_seq);
-        if !(release || snapshots || self.gc.wants_checkpoint() || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS) {
+        let due = release || snapshots || self.applied_chunk.0 - last >= CHECKPOINT_CHUNKS;
+        if !(due || self.gc.wants_checkpoint()) {
             return;
         }
         // The release waits for the packed mark, so that the next attach finds a log that agrees.
@@ -67,8 +68,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             snapshots,
         };
         self.next_checkpoint += 1;
-        let (volume, store, timer, prefix) =
-            (self.volume.clone(), self.store.clone(), self.timer.clone(), self.prefix.clone());
+        // What is for garbage collection alone is of its cost.
+        let store = if due { Arc::clone(&self.store) } else { self.gc.store() };
+        let (volume, timer, prefix) = (self.volume.clone(), self.timer.clone(), self.prefix.clone());
         self.spawn(async move {
             let mut published = published;
             let mut backoff = Backoff::new();

@@ -256,6 +256,11 @@ impl Gc {
         self.wants_checkpoint
     }
 
+    /// The store, through which all requests count as its own.
+    pub(super) fn store(&self) -> Arc<dyn Store> {
+        self.store.clone()
+    }
+
     /// A checkpoint is cut, with chunks up to `last`.
     pub(super) fn note_cut(&mut self, last: ChunkNo) {
         self.wants_checkpoint = false;
