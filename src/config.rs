@@ -95,7 +95,7 @@ impl FromStr for FlushTo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct GarbageLimit(
-    /// None: garbage is left where it is.
+    /// None: nothing is copied to have its room back.
     pub Option<u16>,
 );
 

@@ -301,7 +301,7 @@ fn what_a_killed_import_leaves_is_no_volume_and_can_be_deleted() {
     let listed = command(&bench, &["volume", "list"]).output().unwrap();
     assert!(listed.status.success() && listed.stdout.is_empty(), "{listed:?}");
     let said = String::from_utf8_lossy(&listed.stderr);
-    assert!(said.contains("vol has chunks in the store and no manifest") && said.contains("delete vol"), "{said}");
+    assert!(said.contains("vol has objects in the store and no manifest") && said.contains("delete vol"), "{said}");
     fs::write(path(&bench, "disk"), [7; BLOCK]).unwrap();
     fails(&bench, &["import", "disk", "--volume", "vol"], 1, &["without a manifest", "volume delete vol"]);
     ok(&bench, &["volume", "delete", "vol"]);

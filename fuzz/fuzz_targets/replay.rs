@@ -1,6 +1,7 @@
 //! Whole logs: three segments with anything in their headers and records, replayed and inspected.
 //!
-//! A block of the log is given by its first [`GIVEN`] bytes; the rest is zeros. So an input of a few KiB is a log of many records.
+//! A block of the log is given by its first [`GIVEN`] bytes; the rest is zeros. So an input of a few KiB is a log of many records. Each segment
+//! has [`SLOT_GIVEN`] bytes of the input: what changes in one does not move the others.
 #![no_main]
 
 use std::collections::HashMap;
@@ -13,7 +14,7 @@ use vb_ublk::wal::codec::{Superblock, peek_record};
 use vb_ublk::wal::inspect::inspect;
 use vb_ublk::wal::log::Geometry;
 use vb_ublk::wal::replay::{geometry_of, replay};
-use vb_ublk_fuzz::{GIVEN, seal, superblock};
+use vb_ublk_fuzz::{GIVEN, SLOT_GIVEN, seal, superblock};
 
 const SLOTS: usize = 3;
 const CRC_AT: usize = 8;
@@ -91,16 +92,13 @@ fn read(slots: &[Vec<Vec<u8>>], sb: &Superblock, geometry: &Geometry) {
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let sb = superblock();
     let geometry = geometry_of(&sb);
-    let blocks: Vec<Vec<u8>> = bytes
-        .chunks(GIVEN)
-        .map(|given| {
-            let mut block = given.to_vec();
-            block.resize(BLOCK, 0);
-            block
-        })
-        .collect();
-    let per_slot = blocks.len().div_ceil(SLOTS).clamp(1, geometry.segment_bytes as usize / BLOCK);
-    let mut slots: Vec<Vec<Vec<u8>>> = blocks.chunks(per_slot).take(SLOTS).map(<[Vec<u8>]>::to_vec).collect();
+    let block = |given: &[u8]| {
+        let mut block = given.to_vec();
+        block.resize(BLOCK, 0);
+        block
+    };
+    let slots = bytes.chunks(SLOT_GIVEN).take(SLOTS);
+    let mut slots: Vec<Vec<Vec<u8>>> = slots.map(|s| s.chunks(GIVEN).map(block).collect()).collect();
     read(&slots, &sb, &geometry);
     slots.iter_mut().for_each(|s| seal_slot(s));
     read(&slots, &sb, &geometry);

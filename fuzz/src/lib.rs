@@ -34,6 +34,9 @@ pub const fn segment() -> SegmentHeader {
 /// How many bytes of each 4096 the target of whole logs is given.
 pub const GIVEN: usize = 256;
 
+/// …and how many of each segment.
+pub const SLOT_GIVEN: usize = 16 * GIVEN;
+
 /// The log in which segments are.
 #[must_use]
 pub fn superblock() -> Superblock {

@@ -348,6 +348,7 @@ impl Cache {
                 }
             }
             Err(e) => {
+                slot.fail();
                 if self.counts.failed_writes.fetch_add(1, Ordering::Relaxed) == 0 {
                     tracing::warn!(
                         "writing to the cache {} failed: {e}; what is not in it is read from the store (nothing is lost)",
@@ -429,3 +430,6 @@ pub fn check_size(bytes: u64) -> Result<()> {
 pub fn file_in(folder: &Path, volume: &str) -> PathBuf {
     folder.join(format!("{volume}.cache"))
 }
+
+#[cfg(test)]
+mod tests;

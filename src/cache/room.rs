@@ -1,8 +1,8 @@
 //! The slots of the cache's file: which are free, and how far the file may grow.
 //!
 //! Invariants:
-//! - A slot is free, or one [`Slot`] has it. Of the free ones that were used the one comes next that has been free the longest: one that
-//!   cannot be written is not tried over and over.
+//! - A slot is free, or one [`Slot`] has it. Of the free ones those that were used come first, the one that has been free the longest before
+//!   others; then new ones; and those that could not be written when nothing else is left.
 //! - The file ends at most [`STEP`] slots behind the last one that was ever handed out. So another life knows what may hold something, and
 //!   asks anew whether there is room for the rest.
 //! - While the file system is nearly full no slot is new.
@@ -16,13 +16,16 @@ use super::slot::SLOT_BYTES;
 use crate::disk::file::DataFile;
 use crate::error::{Context, Result};
 
-/// Slots that the file grows by, 4 MiB and a little: at each there is a look at the file system.
-const STEP: u32 = 64;
+/// Slots that the file grows by, 34 MiB: who extends a file waits for what is being read from it.
+const STEP: u32 = 512;
+/// New slots between two looks at the file system, 4 MiB and a little; and used ones, while it has no room.
+const LOOK: u32 = 64;
 
 #[derive(Debug)]
 struct Free {
     used: VecDeque<u32>,
     fresh: Range<u32>,
+    failed: VecDeque<u32>,
     /// Slots that the file has room for.
     grown: u32,
 }
@@ -39,6 +42,9 @@ pub(super) struct Room {
     limit: AtomicU32,
     /// Slots handed out since it has had none.
     since: AtomicU32,
+    /// For tests: in place of the file system.
+    #[cfg(test)]
+    pub(super) full: AtomicBool,
 }
 
 /// A slot that somebody has; free again when it is dropped.
@@ -46,17 +52,24 @@ pub(super) struct Room {
 pub(super) struct Slot {
     number: u32,
     room: Arc<Room>,
+    failed: bool,
 }
 
 impl Slot {
     pub(super) fn at(&self) -> u64 {
         u64::from(self.number) * SLOT_BYTES
     }
+
+    /// It could not be written: others go before it.
+    pub(super) fn fail(mut self) {
+        self.failed = true;
+    }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.room.free().used.push_back(self.number);
+        let free = &mut *self.room.free();
+        if self.failed { &mut free.failed } else { &mut free.used }.push_back(self.number);
     }
 }
 
@@ -75,9 +88,19 @@ impl Room {
         }
         // It grows by whole slots: what is cut inside of one was cut by somebody else.
         let old = (had / SLOT_BYTES).min(total.into()) as u32;
-        let free = Mutex::new(Free { used: VecDeque::new(), fresh: old..total, grown: old });
+        let free = Mutex::new(Free { used: VecDeque::new(), fresh: old..total, failed: VecDeque::new(), grown: old });
         let (roomy, limit, since) = (true.into(), total.into(), 0.into());
-        Ok((Arc::new(Self { file, total, free, roomy, limit, since }), old))
+        let room = Self {
+            file,
+            total,
+            free,
+            roomy,
+            limit,
+            since,
+            #[cfg(test)]
+            full: false.into(),
+        };
+        Ok((Arc::new(room), old))
     }
 
     fn free(&self) -> MutexGuard<'_, Free> {
@@ -91,51 +114,63 @@ impl Room {
 
     /// A slot that an earlier life may have left something in; to be called once for each.
     pub(super) fn claim(self: &Arc<Self>, number: u32) -> Slot {
-        Slot { number, room: Arc::clone(self) }
+        Slot { number, room: Arc::clone(self), failed: false }
     }
 
     /// A slot to be written, if one is free.
     pub(super) fn take(self: &Arc<Self>) -> Option<Slot> {
         let mut free = self.free();
-        if !self.roomy.load(Ordering::Relaxed) && self.since.fetch_add(1, Ordering::Relaxed) % STEP == STEP - 1 {
-            self.look(&free);
+        let roomy = self.roomy.load(Ordering::Relaxed);
+        if !roomy && self.since.fetch_add(1, Ordering::Relaxed) % LOOK == LOOK - 1 {
+            self.look(&mut free);
         }
-        let number = match free.used.pop_front() {
-            Some(n) => n,
-            None if free.fresh.is_empty() => return None,
-            None => {
-                let n = free.fresh.start;
-                if n >= free.grown {
-                    let grown = (n + STEP).min(self.total);
-                    if !self.look(&free) || !self.grow(grown) {
-                        return None;
-                    }
-                    free.grown = grown;
-                }
-                free.fresh.start += 1;
-                n
-            }
-        };
+        let number = free.used.pop_front().or_else(|| self.fresh(&mut free)).or_else(|| free.failed.pop_front())?;
         drop(free);
         Some(self.claim(number))
     }
 
-    /// Whether the file may grow: not into the last tenth of the file system, which logs may need.
-    fn look(&self, free: &Free) -> bool {
-        let roomy = nix::sys::statvfs::fstatvfs(&*self.file).is_ok_and(|fs| fs.blocks_available() > fs.blocks() / 10);
+    fn fresh(&self, free: &mut Free) -> Option<u32> {
+        let n = free.fresh.start;
+        let is_known = self.roomy.load(Ordering::Relaxed) && !n.is_multiple_of(LOOK) && n < free.grown;
+        if free.fresh.is_empty() || !(is_known || self.look(free)) {
+            return None;
+        }
+        free.fresh.next()
+    }
+
+    /// Whether one more slot may be new: not in the last tenth of the file system, which logs may need. The file has room for it then.
+    fn look(&self, free: &mut Free) -> bool {
+        let grown = self.has_room().then(|| self.grow(free));
+        let roomy = matches!(grown, Some(Ok(())));
         if self.roomy.swap(roomy, Ordering::Relaxed) && !roomy {
-            tracing::warn!("the cache {} grows no further: its file system is nearly full", self.file.path().display());
+            let why = match grown {
+                Some(Err(e)) => e.to_string(),
+                _ => "its file system is nearly full".to_owned(),
+            };
+            tracing::warn!("the cache {} grows no further: {why}", self.file.path().display());
         }
         self.limit.store(if roomy { self.total } else { free.fresh.start }, Ordering::Relaxed);
         roomy
     }
 
-    fn grow(&self, slots: u32) -> bool {
-        let grown = self.file.dup().and_then(|f| f.set_len(u64::from(slots) * SLOT_BYTES));
-        if let Err(e) = &grown {
-            tracing::debug!("the cache {} cannot grow: {e}", self.file.path().display());
+    #[cfg(not(test))]
+    fn has_room(&self) -> bool {
+        nix::sys::statvfs::fstatvfs(&*self.file).is_ok_and(|fs| fs.blocks_available() > fs.blocks() / 10)
+    }
+
+    #[cfg(test)]
+    fn has_room(&self) -> bool {
+        !self.full.load(Ordering::Relaxed)
+    }
+
+    fn grow(&self, free: &mut Free) -> std::io::Result<()> {
+        if free.fresh.start < free.grown || free.fresh.is_empty() {
+            return Ok(());
         }
-        grown.is_ok()
+        let grown = (free.fresh.start + STEP).min(self.total);
+        self.file.dup()?.set_len(u64::from(grown) * SLOT_BYTES)?;
+        free.grown = grown;
+        Ok(())
     }
 }
 
@@ -154,7 +189,7 @@ mod tests {
     #[test]
     fn the_file_grows_with_its_slots_and_the_oldest_free_one_is_next() {
         let dir = tempfile::tempdir().expect("dir");
-        let (room, old) = Room::of(file(&dir), 100).expect("room");
+        let (room, old) = Room::of(file(&dir), 700).expect("room");
         assert_eq!((old, room.file.size().expect("size")), (0, 0));
         let some = numbers(&room, 3);
         assert_eq!(some.iter().map(|s| s.number).collect::<Vec<_>>(), [0, 1, 2]);
@@ -163,29 +198,38 @@ mod tests {
         assert_eq!(numbers(&room, 2).iter().map(|s| s.number).collect::<Vec<_>>(), [0, 1]);
         let next: Vec<u32> = numbers(&room, 3).iter().map(|s| s.number).collect();
         assert_eq!(next, [2, 0, 1], "who was given back last comes last");
-        assert_eq!(numbers(&room, 200).len(), 100);
-        assert_eq!(room.file.size().expect("size"), 100 * SLOT_BYTES);
+        assert_eq!(numbers(&room, 1000).len(), 700);
+        assert_eq!(room.file.size().expect("size"), 700 * SLOT_BYTES);
         drop(room);
         // What another life finds; and a smaller cache.
-        assert_eq!(Room::of(file(&dir), 100).expect("room").1, 100);
+        assert_eq!(Room::of(file(&dir), 700).expect("room").1, 700);
         let (smaller, old) = Room::of(file(&dir), 90).expect("room");
         assert_eq!((old, smaller.file.size().expect("size")), (90, 90 * SLOT_BYTES));
     }
 
     #[test]
+    fn who_cannot_be_written_comes_after_all_others() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (room, _) = Room::of(file(&dir), 3).expect("room");
+        room.take().expect("a slot").fail();
+        assert_eq!(numbers(&room, 9).iter().map(|s| s.number).collect::<Vec<_>>(), [1, 2, 0]);
+    }
+
+    #[test]
     fn without_room_what_there_is_goes_round() {
         let dir = tempfile::tempdir().expect("dir");
-        let (room, _) = Room::of(file(&dir), 200).expect("room");
+        let (room, _) = Room::of(file(&dir), 700).expect("room");
         let some = numbers(&room, 10);
-        room.roomy.store(false, Ordering::Relaxed);
-        room.limit.store(10, Ordering::Relaxed);
-        drop(some);
-        assert_eq!(numbers(&room, 10).len(), 10);
-        assert_eq!(room.limit(), 10);
+        room.full.store(true, Ordering::Relaxed);
+        let more = numbers(&room, 700);
+        assert_eq!((more.len(), room.limit()), (LOOK as usize - 10, LOOK));
+        drop((some, more));
+        assert_eq!(numbers(&room, 700).len(), LOOK as usize);
         // It looks again after a while.
-        for _ in 0..STEP {
+        room.full.store(false, Ordering::Relaxed);
+        for _ in 0..LOOK {
             drop(room.take());
         }
-        assert_eq!(room.limit(), 200);
+        assert_eq!((room.limit(), numbers(&room, 900).len()), (700, 700));
     }
 }

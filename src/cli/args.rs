@@ -203,8 +203,8 @@ pub(crate) struct AddArgs {
     /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
-    /// How much garbage (what was overwritten or discarded) the store may keep before it is collected in the background, in percent of
-    /// the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    /// How much garbage (what was overwritten or discarded) the store may keep before data is copied in the background to have its room
+    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
     #[arg(long, value_name = "PERCENT")]
     pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
@@ -291,8 +291,8 @@ pub(crate) struct NbdArgs {
     /// (`store`), for what has to survive the loss of this host [env: VB_UBLK_FLUSH; default: wal]
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
-    /// How much garbage (what was overwritten or discarded) the store may keep before it is collected in the background, in percent of
-    /// the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    /// How much garbage (what was overwritten or discarded) the store may keep before data is copied in the background to have its room
+    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
     #[arg(long, value_name = "PERCENT")]
     pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:

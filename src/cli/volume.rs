@@ -33,7 +33,7 @@ pub(super) fn run(settings: &Settings, command: &VolumeCommand) -> Result<()> {
             let Listed { volumes, remains } = engine::list(url, opts)?;
             for n in remains {
                 tracing::warn!(
-                    "{n} has chunks in the store and no manifest: an import or a deletion is under way, or was interrupted (`vb-ublk volume delete \
+                    "{n} has objects in the store and no manifest: an import or a deletion is under way, or was interrupted (`vb-ublk volume delete \
                      {n}` removes the rest), or the manifest was lost (`vb-ublk volume rebuild {n}`)"
                 );
             }

@@ -33,6 +33,9 @@ use std::time::Duration;
 
 use crate::config::GarbageLimit;
 
+/// So many times the live data: no volume has as much garbage. (Not infinity: it is reckoned with.)
+const ANY: f64 = 1e6;
+
 /// When garbage is collected, and how much.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
@@ -59,13 +62,12 @@ impl Policy {
         Self { enabled: true, start: 0.02, stop: 0.02, slack_blocks: 0, pause: Duration::ZERO, ..self.clone() }
     }
 
-    /// Begins when there is more garbage than the user allows, and ends a tenth below.
+    /// Begins when there is more garbage than the user allows, and ends a tenth below. Without a limit nothing is copied; what nobody
+    /// needs any more is deleted all the same, and counted.
     #[must_use]
     pub fn above(limit: GarbageLimit) -> Self {
-        limit.0.map_or_else(Self::off, |percent| {
-            let start = f64::from(percent) / 100.0;
-            Self { start, stop: start * 0.9, ..Self::default() }
-        })
+        let start = limit.0.map_or(ANY, |percent| f64::from(percent) / 100.0);
+        Self { start, stop: start * 0.9, ..Self::default() }
     }
 
     /// Never.

@@ -28,7 +28,7 @@ const WORTH_A_THREAD: usize = 64 << 10;
 /// An image that is written once, from front to back; what is not written is zeros, or what lies below the image.
 #[async_trait(?Send)]
 pub trait ImageSink {
-    /// Writes `data` at byte `at`, behind all that was written before. Where it may block for long, another thread does it.
+    /// Writes `data` at byte `at`, behind all that was written before. What is much goes to a file or a device on another thread.
     ///
     /// # Errors
     /// The system's.

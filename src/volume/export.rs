@@ -2,14 +2,14 @@
 //!
 //! Invariants:
 //! - Every block is checked before it is written; a damaged one ends the export.
-//! - At most [`PARALLEL`] reads are under way, each of up to 1 MiB; they go on while a write does.
+//! - At most [`PARALLEL`] reads are under way, each of up to 1 MiB; they go on while another thread writes.
 //! - Nothing in the store is changed.
 
 use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::future::join;
+use futures_util::future::try_join;
 use futures_util::stream::{self, Stream, StreamExt};
 use serde::Serialize;
 
@@ -155,9 +155,8 @@ pub(super) async fn in_order<T>(
     let mut reads = pin!(reads);
     let mut next = reads.next().await;
     while let Some((what, read)) = next {
-        let (wrote, following) = join(write(what, read?), reads.next()).await;
-        wrote?;
-        next = following;
+        let following = async { Ok(reads.next().await) };
+        (_, next) = try_join(write(what, read?), following).await?;
     }
     Ok(())
 }

@@ -58,7 +58,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let in_flight: u64 = self.groups.iter().map(|g| g.bytes).sum();
         let waiting = status.pending_bytes.saturating_sub(in_flight);
         let fill = self.fill(now);
-        let usual = (status.capacity_bytes / GROUPS_IN_LOG).clamp(GROUP_BYTES_MIN, GROUP_BYTES);
+        let share = status.capacity_bytes / GROUPS_IN_LOG / CHUNK_BYTES * CHUNK_BYTES;
+        let usual = share.clamp(GROUP_BYTES_MIN, GROUP_BYTES);
         let asked = self.barriers.want_beyond(self.cut) || self.snapshots.iter().any(|s| s.after > self.cut);
         let wanted = self.detach.is_some() || asked;
         let many = status.last_seq - self.cut.0 >= GROUP_ENTRIES as u64;

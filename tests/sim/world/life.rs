@@ -196,12 +196,13 @@ pub(super) async fn live(life: Life) {
     }
     if shared.owner.get().is_some_and(|o| o != life.me) {
         // One that asks for nothing more is told, too: it looks.
+        let knew = volume.is_gone();
         // In small steps: time may leap past a task that has not had its turn.
         for _ in 0..100 {
             life.clock.sleep(FINDS_OUT / 100).await;
         }
         assert!(!shared.haunt(&lanes[0]).await, "a host that lost the volume {FINDS_OUT:?} ago still acknowledges");
-        shared.saw(|s| s.heard += 1);
+        shared.saw(|s| s.heard += u64::from(!knew));
     }
     let told = volume.status().background;
     let space = told.space.unwrap_or_default();
