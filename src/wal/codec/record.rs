@@ -247,7 +247,7 @@ pub fn decode_record(header: &[u8], segment: &SegmentHeader, offset: u32) -> Res
             salt: segment.salt,
             offset,
             predecessor: raw.predecessor.get(),
-            first_seq: Seq(raw.first_seq.get()),
+            first_seq: Seq(KIND.counted(raw.first_seq.get())?),
             durable: LogPos(raw.durable.get()),
         },
         header_bytes: header.len() as u32,

@@ -71,14 +71,17 @@ impl SegmentHeader {
     /// When the slot holds no segment of this version, or its header is damaged.
     pub fn decode(block: &[u8]) -> Result<Self, CodecError> {
         let raw: &RawSegment = KIND.open_block(block)?;
+        if raw.generation.get() == u32::MAX {
+            return Err(KIND.field("counter"));
+        }
         Ok(Self {
             volume: Uuid::from_bytes(raw.volume),
             log_id: raw.log_id.get(),
             generation: raw.generation.get(),
             salt: raw.salt.get(),
             predecessor_end: LogPos(raw.predecessor_end.get()),
-            packed_through: Seq(raw.packed_through.get()),
-            first_seq: Seq(raw.first_seq.get()),
+            packed_through: Seq(KIND.counted(raw.packed_through.get())?),
+            first_seq: Seq(KIND.counted(raw.first_seq.get())?),
         })
     }
 }

@@ -100,14 +100,14 @@ impl Superblock {
             return Err(KIND.field("segment size"));
         }
         Ok(Self {
-            update: raw.update.get(),
+            update: KIND.counted(raw.update.get())?,
             volume: Uuid::from_bytes(raw.volume),
             log_id: raw.log_id.get(),
             segment_bytes,
             max_segments: raw.max_segments.get(),
             volume_sectors: raw.volume_sectors.get(),
             logical_block: raw.logical_block.get(),
-            packed_through: Seq(raw.packed_through.get()),
+            packed_through: Seq(KIND.counted(raw.packed_through.get())?),
             confirmed: Nonce(raw.confirmed.get()),
             drawn: drawn.iter().map(|n| Nonce(n.get())).collect(),
         })
