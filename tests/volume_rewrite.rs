@@ -25,11 +25,15 @@ const EXTENT: u64 = 4;
 /// Writes at once.
 const DEPTH: usize = 16;
 
+/// How much faster than the load the log and the uploads have to be for collection to keep up beside them.
+const HEADROOM: u64 = 6;
+
 /// The length of a run.
 struct Plan {
     size: u64,
     passes: u32,
-    /// Bytes per second that are written; a disk under a steady load, not one that is filled as fast as it goes.
+    /// Bytes per second that are written, at most; a disk under a steady load, not one that is filled as fast as it goes. A machine
+    /// whose first pass, which goes as fast as it can, does not reach [`HEADROOM`] times as much gets a load that it can bear.
     pace: u64,
     policy: Policy,
 }
@@ -39,7 +43,7 @@ fn plan() -> Plan {
         return Plan { size: 128 * MIB, passes: 20, pace: 16 * MIB, policy: Policy::default() };
     }
     let policy = Policy { slack_blocks: 256, pause: Duration::from_millis(1000), ..Policy::default() };
-    Plan { size: 32 * MIB, passes: 6, pace: 32 * MIB, policy }
+    Plan { size: 32 * MIB, passes: 6, pace: 12 * MIB, policy }
 }
 
 /// What a block holds: its number, and in which pass it was written.
@@ -71,7 +75,7 @@ fn look(bench: &Bench, volume: &Volume) -> Sample {
 
 #[test]
 fn rewriting_for_ever_takes_one_and_a_half_times_the_data() {
-    let Plan { size, passes, pace, policy } = plan();
+    let Plan { size, passes, mut pace, policy } = plan();
     let bench = Bench::new(size as usize);
     let host = Host::attach(AttachOptions { gc: policy, ..bench.options() }).unwrap();
     let (blocks, mut rng) = (size / BLOCK as u64, Rng(5));
@@ -100,10 +104,18 @@ fn rewriting_for_ever_takes_one_and_a_half_times_the_data() {
                 newest[(extent * EXTENT) as usize..][..EXTENT as usize].fill(pass);
             }
             let due = Duration::from_secs_f64((done as u64 + 1) as f64 * size as f64 / 64.0 / pace as f64);
-            pause(due.saturating_sub(begun.elapsed()));
+            if pass > 1 {
+                pause(due.saturating_sub(begun.elapsed()));
+            }
             if done % 4 == 3 {
                 most_now = most_now.max(look(&bench, host.volume()).stored);
             }
+        }
+        if pass == 1 {
+            drain(host.volume());
+            let reached = (size as f64 / begun.elapsed().as_secs_f64()) as u64;
+            pace = pace.min(reached / HEADROOM).max(MIB);
+            println!("written and uploaded at {} MiB/s, from now on {} MiB/s", reached / MIB, pace / MIB);
         }
         let now = look(&bench, host.volume());
         let factor = (now.put - before.put) as f64 / size as f64;
@@ -145,12 +157,12 @@ fn rewriting_for_ever_takes_one_and_a_half_times_the_data() {
     let factor = s.store_requests.put.bytes_out as f64 / written as f64;
     each.sort_unstable();
     let times = |n: u64| n as f64 / size as f64;
-    let (usual, most) = (times(each[each.len() * 3 / 4]), times(each[each.len() - 1]));
+    let (usual, most) = (times(each[(each.len() - 1) * 3 / 4]), times(each[each.len() - 1]));
     println!(
         "uploaded {factor:.2} times what was written; stored in three of four passes at most {usual:.2} times the live data, in all {most:.2}"
     );
     assert!(factor <= 2.0, "uploaded {factor:.2} times what was written");
-    // A machine that is busy with other things holds a round up. In the short form a pass takes a second, about as long as a round.
+    // A machine that is busy with other things holds a round up. In the short form a pass takes not much longer than a round.
     let limits = if std::env::var("VB_SOAK").is_ok() { (1.5, 1.8) } else { (2.0, 3.0) };
     assert!(usual <= limits.0 && most <= limits.1, "{usual:.2} and {most:.2} times the live data are stored");
     host.detach().unwrap();
