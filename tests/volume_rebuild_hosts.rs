@@ -18,7 +18,7 @@ use std::process::Command as Process;
 
 use rebuild_support::{local_log, sized};
 use support_rng::Rng;
-use vb_ublk::chunk::header::parse_key;
+use vb_ublk::chunk::header::parse_name;
 use vb_ublk::disk::IoBuf;
 use vb_ublk::manifest::Manifest;
 use vb_ublk::units::{BLOCK, Lba};
@@ -116,7 +116,7 @@ fn whoever_had_it_last_finds_it_as_it_was() {
         let path = store.join("vol/manifest.json");
         let m = Manifest::decode(&fs::read(&path).unwrap()).unwrap();
         let chunks = fs::read_dir(store.join("vol/chunks")).into_iter().flatten();
-        let keys: BTreeSet<_> = chunks.filter_map(|e| parse_key(&e.unwrap().file_name().to_string_lossy())).collect();
+        let keys: BTreeSet<_> = chunks.filter_map(|e| parse_name(&e.unwrap().file_name().to_string_lossy())).collect();
         late += keys.iter().filter(|(chunk, epoch, nonce)| m.owner(*chunk) != Some((*epoch, *nonce))).count();
         let has_trace = keys.iter().any(|(_, _, nonce)| *nonce == m.nonce);
         // What an attach of a fresh host finds by the manifest that is about to be lost.

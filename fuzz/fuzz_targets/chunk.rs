@@ -1,7 +1,7 @@
-//! Chunk headers and chunks' keys, with anything in them.
+//! Chunk headers and chunks' names, with anything in them.
 #![no_main]
 
-use vb_ublk::chunk::header::{ChunkHeader, HEADER_ROOM, key, parse_key};
+use vb_ublk::chunk::header::{ChunkHeader, HEADER_ROOM, key, parse_name};
 use vb_ublk_fuzz::seal;
 
 const CRC_AT: usize = 252;
@@ -14,9 +14,9 @@ fn read(bytes: &[u8]) {
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(text) = std::str::from_utf8(bytes)
-        && let Some((chunk, epoch, nonce)) = parse_key(text)
+        && let Some((chunk, epoch, nonce)) = parse_name(text)
     {
-        assert!(text.ends_with(&key("", chunk, epoch, nonce)));
+        assert_eq!(key("", chunk, epoch, nonce), format!("chunks/{text}"));
     }
     let mut bytes = bytes.to_vec();
     bytes.resize(HEADER_ROOM, 0);

@@ -427,12 +427,10 @@ pub fn key(prefix: &str, chunk: ChunkNo, epoch: Epoch, nonce: Nonce) -> String {
     format!("{prefix}chunks/{:016x}-{:08x}-{:016x}.chunk", chunk.0, epoch.0, nonce.0)
 }
 
-/// The parts of a chunk's key: a whole key, or what follows its last `/`. `None` for anything that [`key`]
-/// does not write.
+/// The parts of a chunk's name: what follows the last `/` of its key. `None` for anything that [`key`] does not write.
 #[must_use]
-pub fn parse_key(name: &str) -> Option<(ChunkNo, Epoch, Nonce)> {
-    let name = name.rsplit('/').next()?.strip_suffix(".chunk")?;
-    let mut parts = name.split('-');
+pub fn parse_name(name: &str) -> Option<(ChunkNo, Epoch, Nonce)> {
+    let mut parts = name.strip_suffix(".chunk")?.split('-');
     let mut hex = |digits: usize| {
         let p = parts.next().filter(|p| p.len() == digits)?;
         let lower = p.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));

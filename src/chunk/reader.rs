@@ -302,7 +302,7 @@ pub async fn fetch_header(store: &dyn Store, key: &str) -> Result<ChunkHeader> {
 pub(crate) fn parse_header(key: &str, bytes: &[u8]) -> Result<ChunkHeader> {
     let h = ChunkHeader::decode(bytes).map_err(|e| Error::from(e).context(format!("reading the header of {key}")))?;
     let name = key.rsplit('/').next().unwrap_or(key);
-    if header::parse_key(name) != Some((h.chunk, h.epoch, h.nonce)) {
+    if header::parse_name(name) != Some((h.chunk, h.epoch, h.nonce)) {
         return Err(Error::new(
             ErrorKind::Corrupt,
             format!("{key} holds chunk {} of epoch {}: it sits under a wrong name", h.chunk, h.epoch),

@@ -47,7 +47,9 @@ impl Known {
         let listed = list_folder(store, &folder).await?;
         let mut orphans = Vec::new();
         for o in listed {
-            let Some((chunk, epoch, nonce)) = o.key.strip_prefix(&folder).and_then(header::parse_key) else { continue };
+            let Some((chunk, epoch, nonce)) = o.key.strip_prefix(&folder).and_then(header::parse_name) else {
+                continue;
+            };
             if m.owner(chunk) == Some((epoch, nonce)) {
                 if chunk <= last {
                     self.usage.add(chunk, stored_blocks(o.size), Holes::Unknown);

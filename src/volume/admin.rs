@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::snapshots::{forget_parent, mark_deleted, not_needed};
-use crate::chunk::header::parse_key;
+use crate::chunk::header::parse_name;
 use crate::config::split_snapshot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::{self, By, Manifest, Published};
@@ -93,7 +93,7 @@ pub async fn list(store: &dyn Store) -> Result<Listed> {
             continue;
         }
         // Others keep chunks here, too: under names of other forms.
-        let is_chunk = || rest.strip_prefix("chunks/").is_some_and(|c| parse_key(c).is_some());
+        let is_chunk = || rest.strip_prefix("chunks/").is_some_and(|c| parse_name(c).is_some());
         match rest {
             "manifest.json" => drop(found.volumes.insert(name.to_owned())),
             "manifest.json.deleted" => drop(found.remains.insert(name.to_owned())),

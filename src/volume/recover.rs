@@ -76,7 +76,7 @@ pub(super) async fn newer_chunks(
         .map_err(|e| e.context(format!("listing {folder} in {}", store.url())))?;
     let (mut keys, mut later) = (Vec::new(), Vec::new());
     for object in listed {
-        let Some((chunk, epoch, nonce)) = object.key.strip_prefix(&folder).and_then(header::parse_key) else {
+        let Some((chunk, epoch, nonce)) = object.key.strip_prefix(&folder).and_then(header::parse_name) else {
             continue;
         };
         if chunk > end.last_chunk && m.owner(chunk) == Some((epoch, nonce)) {

@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use vb_ublk::chunk::header::parse_key;
+use vb_ublk::chunk::header::parse_name;
 use vb_ublk::error::{Error, ErrorKind, Result};
 use vb_ublk::gc::scan;
 use vb_ublk::manifest;
@@ -165,7 +165,7 @@ impl SimStore {
     /// Whoever deletes a chunk, whenever that comes to be: no published map names it, no snapshot's, and it is none that an attach would look for.
     async fn is_garbage(&self, key: &str) {
         let Some((volume, (chunk, epoch, nonce))) =
-            key.split_once("/chunks/").and_then(|(v, c)| Some((v, parse_key(c)?)))
+            key.split_once("/chunks/").and_then(|(v, c)| Some((v, parse_name(c)?)))
         else {
             return;
         };

@@ -179,11 +179,12 @@ fn a_block_s_checksum_knows_its_address() {
 fn keys_come_back_and_nothing_else_does() {
     let k = key("p/vol/", ChunkNo(0xab), Epoch(2), Nonce(0xcd));
     assert_eq!(k, "p/vol/chunks/00000000000000ab-00000002-00000000000000cd.chunk");
-    assert_eq!(parse_key(&k), Some((ChunkNo(0xab), Epoch(2), Nonce(0xcd))));
-    assert_eq!(parse_key(k.rsplit('/').next().unwrap()), Some((ChunkNo(0xab), Epoch(2), Nonce(0xcd))));
+    assert_eq!(parse_name(k.rsplit('/').next().unwrap()), Some((ChunkNo(0xab), Epoch(2), Nonce(0xcd))));
     for no in [
         "",
         "chunks/",
+        k.as_str(),
+        "x/00000000000000ab-00000002-00000000000000cd.chunk",
         "00000000000000ab-00000002-00000000000000cd",
         "00000000000000AB-00000002-00000000000000cd.chunk",
         "0000000000000000-00000002-00000000000000cd.chunk",
@@ -193,7 +194,7 @@ fn keys_come_back_and_nothing_else_does() {
         "00000000000000ab-00000002-00000000000000cd-0.chunk",
         "00000000000000ab-00000002-00000000000000cd.chunk.tmp",
     ] {
-        assert_eq!(parse_key(no), None, "{no}");
+        assert_eq!(parse_name(no), None, "{no}");
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) async fn judge_age(
 pub(super) async fn list_chunks(store: &dyn Store, name: &str) -> Result<Vec<Named>> {
     let folder = format!("{}chunks/", manifest::prefix(name));
     let listed = list_folder(store, &folder).await?;
-    let parse = |key: &str| key.strip_prefix(&folder).and_then(header::parse_key);
+    let parse = |key: &str| key.strip_prefix(&folder).and_then(header::parse_name);
     let mut named: Vec<Named> = listed
         .iter()
         .filter_map(|o| parse(&o.key))
