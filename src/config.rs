@@ -107,7 +107,7 @@ impl GarbageLimit {
 
 impl Default for GarbageLimit {
     fn default() -> Self {
-        Self(Some(40))
+        Self(Some(35))
     }
 }
 

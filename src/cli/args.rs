@@ -204,7 +204,7 @@ pub(crate) struct AddArgs {
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
     /// How much garbage (what was overwritten or discarded) the store may keep before data is copied in the background to have its room
-    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 35%]
     #[arg(long, value_name = "PERCENT")]
     pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:
@@ -292,7 +292,7 @@ pub(crate) struct NbdArgs {
     #[arg(long, value_name = "wal|store")]
     pub(crate) flush: Option<FlushTo>,
     /// How much garbage (what was overwritten or discarded) the store may keep before data is copied in the background to have its room
-    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 40%]
+    /// back, in percent of the live data, or `off`: more costs room and saves requests [env: VB_UBLK_GC_GARBAGE; default: 35%]
     #[arg(long, value_name = "PERCENT")]
     pub(crate) gc_garbage: Option<GarbageLimit>,
     /// Let a request that waits for the store, or for room that uploads would make, fail after so long [env:

@@ -81,8 +81,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             enabled: true,
-            start: 0.40,
-            stop: 0.36,
+            start: 0.35,
+            stop: 0.315,
             slack_blocks: 1024,
             pause: Duration::from_secs(5),
             grace: Duration::from_secs(3600),
