@@ -26,6 +26,18 @@ pub const ALIGN: usize = 4096;
 /// heap keeps.
 const MAPPED: usize = 4 << 20;
 
+/// The bytes themselves where they lie and end as O_DIRECT wants it; else a copy in `bounce`, which ends with a whole page. A bounce buffer
+/// is as large as the first copy in it.
+pub fn aligned<'a>(bytes: &'a [u8], bounce: &'a mut Option<IoBuf>) -> &'a [u8] {
+    if bytes.len().is_multiple_of(ALIGN) && bytes.as_ptr().addr().is_multiple_of(ALIGN) {
+        return bytes;
+    }
+    let len = bytes.len().next_multiple_of(ALIGN);
+    let buf = bounce.get_or_insert_with(|| IoBuf::zeroed(len));
+    buf.copy_in(0, bytes);
+    &buf.bytes()[..len]
+}
+
 struct Mem {
     ptr: NonNull<u8>,
     layout: Layout,

@@ -5,18 +5,22 @@
 //!   [`Output`] is dropped unfinished. A device or a pipe is written in place.
 //! - Nothing is replaced that was not there when the user said that it may be.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
+use tokio::task::JoinHandle;
 
 use super::Format;
 use super::qcow2::{Below, NewQcow2};
+use crate::disk::buf::{ALIGN, aligned};
 use crate::disk::file::sync_parent;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -24,6 +28,8 @@ use crate::error::{Context, Error, ErrorKind, Result};
 const ZEROS: usize = 1 << 20;
 /// Bytes from which on a write is worth another thread's time: the next reads are checked meanwhile.
 const WORTH_A_THREAD: usize = 64 << 10;
+/// Writes of a raw image under way, each of up to 1 MiB.
+const WRITES: usize = 4;
 
 /// An image that is written once, from front to back; what is not written is zeros, or what lies below the image.
 #[async_trait(?Send)]
@@ -136,13 +142,15 @@ impl Output {
         let place = Place::begin(path, *force)?;
         // From here on, whatever fails, the partial file goes.
         let mut out = Self { sink: Box::new(Nowhere), place: Some(place) };
-        let file = out.place.as_ref().map(|p| p._file.try_clone()).transpose();
-        let file = file.context(|| format!("opening {what} once more"))?;
-        let Some(file) = file else { return Ok(out) };
+        let Some(Place { _file: file, .. }) = &out.place else { return Ok(out) };
+        let file = file.try_clone().context(|| format!("opening {what} once more"))?;
         out.sink = match format {
             Format::Raw => {
                 file.set_len(size).context(|| format!("making {what} {size} bytes long"))?;
-                Box::new(RawOut { file: Arc::new(file), what, size, at: size, device: false })
+                // By its descriptor: the name may be another's by now.
+                let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+                let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(again);
+                Box::new(RawOut::new(file, direct.ok(), what, size, None))
             }
             Format::Qcow2 => Box::new(NewQcow2::create(file, &what, size, below.as_ref()).await?),
         };
@@ -177,16 +185,24 @@ impl Place {
         partial.push(".partial");
         let partial = PathBuf::from(partial);
         let making = || format!("creating {}", partial.display());
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
-        let file = open.context(making)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let why = format!("another export is writing {}: wait for it, or name another file", partial.display());
-                return Err(Error::new(ErrorKind::Busy, why));
+        let file = loop {
+            let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
+            let file = open.context(making)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let why =
+                        format!("another export is writing {}: wait for it, or name another file", partial.display());
+                    return Err(Error::new(ErrorKind::Busy, why));
+                }
+                Err(TryLockError::Error(e)) => return Err(e).context(|| format!("locking {}", partial.display())),
             }
-            Err(TryLockError::Error(e)) => return Err(e).context(|| format!("locking {}", partial.display())),
-        }
+            // Another export may have ended between the two calls: what is locked then is its image, under its name by now.
+            let here = file.metadata().context(making)?;
+            if std::fs::metadata(&partial).is_ok_and(|m| (m.dev(), m.ino()) == (here.dev(), here.ino())) {
+                break file;
+            }
+        };
         // What an export left that was killed.
         file.set_len(0).context(making)?;
         Ok(Self { _file: file, partial, path: path.to_owned(), replace })
@@ -226,16 +242,32 @@ impl ImageSink for Nowhere {
 }
 
 /// A raw image in a new file, where gaps are holes; or on a device, where they are zeroed.
+///
+/// Large writes to a file go past the page cache, where its file system can do that: what is written would be in memory once more, and
+/// the sync in the end would find all of it to be written.
 struct RawOut {
     file: Arc<File>,
+    /// The same, past the page cache.
+    direct: Option<Arc<File>>,
     what: String,
     size: u64,
     /// On a device: everything before this is done.
+    at: Option<u64>,
+    under_way: VecDeque<Writing>,
+}
+
+/// A write on another thread.
+struct Writing {
     at: u64,
-    device: bool,
+    length: usize,
+    done: JoinHandle<io::Result<()>>,
 }
 
 impl RawOut {
+    fn new(file: File, direct: Option<File>, what: String, size: u64, at: Option<u64>) -> Self {
+        Self { file: Arc::new(file), direct: direct.map(Arc::new), what, size, at, under_way: VecDeque::new() }
+    }
+
     fn device(path: &Path, size: u64, force: bool) -> Result<Self> {
         let what = path.display().to_string();
         if !force {
@@ -243,7 +275,6 @@ impl RawOut {
             return Err(Error::new(ErrorKind::Exists, why));
         }
         // The kernel refuses this while the device is mounted or otherwise held.
-        use std::os::unix::fs::OpenOptionsExt;
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(path);
         let mut file = file.context(|| format!("opening {what} for writing while nobody uses it"))?;
         let room = file.seek(SeekFrom::End(0)).context(|| format!("finding the end of {what}"))?;
@@ -251,16 +282,24 @@ impl RawOut {
             let why = format!("{what} has {room} bytes, the volume {size}: name a larger device");
             return Err(Error::new(ErrorKind::Full, why));
         }
-        Ok(Self { file: Arc::new(file), what, size, at: 0, device: true })
+        Ok(Self::new(file, None, what, size, Some(0)))
+    }
+
+    /// Waits until no more than so many writes are under way.
+    async fn wait_for(&mut self, left: usize) -> Result<()> {
+        while self.under_way.len() > left {
+            let Some(Writing { at, length, done }) = self.under_way.pop_front() else { break };
+            let wrote = done.await.unwrap_or_else(|e| Err(io::Error::other(e)));
+            wrote.context(|| format!("writing {length} bytes at byte {at} of {}", self.what))?;
+        }
+        Ok(())
     }
 
     /// Zeros from where it is up to byte `to`, on a device.
     fn zero_up_to(&mut self, to: u64) -> Result<()> {
-        if !self.device || self.at >= to {
-            return Ok(());
-        }
-        let (from, length) = (self.at, to - self.at);
-        self.at = to;
+        let Some(from) = self.at.filter(|at| *at < to) else { return Ok(()) };
+        let length = to - from;
+        self.at = Some(to);
         // On a block device the kernel makes this the device's own zeroing (as BLKZEROOUT does), or writes zeros.
         let zeroing = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         if fallocate(&*self.file, zeroing, from.cast_signed(), length.cast_signed()).is_ok() {
@@ -284,21 +323,36 @@ impl ImageSink for RawOut {
     async fn write(&mut self, at: u64, data: Bytes) -> Result<()> {
         self.zero_up_to(at)?;
         let length = data.len();
-        let wrote = if length < WORTH_A_THREAD {
-            self.file.write_all_at(&data, at)
-        } else {
-            let file = Arc::clone(&self.file);
-            let written = tokio::task::spawn_blocking(move || file.write_all_at(&data, at)).await;
-            written.unwrap_or_else(|e| Err(std::io::Error::other(e)))
-        };
-        wrote.context(|| format!("writing {length} bytes at byte {at} of {}", self.what))?;
-        self.at = self.at.max(at + length as u64);
+        if let Some(done) = &mut self.at {
+            *done = (*done).max(at + length as u64);
+        }
+        if length < WORTH_A_THREAD {
+            let writing = || format!("writing {length} bytes at byte {at} of {}", self.what);
+            return self.file.write_all_at(&data, at).context(writing);
+        }
+        self.wait_for(WRITES - 1).await?;
+        let (file, direct) = (Arc::clone(&self.file), self.direct.clone());
+        let done = tokio::task::spawn_blocking(move || write_large(&file, direct.as_deref(), &data, at));
+        self.under_way.push_back(Writing { at, length, done });
         Ok(())
     }
 
     async fn finish(&mut self) -> Result<()> {
+        self.wait_for(0).await?;
         self.zero_up_to(self.size)?;
         self.file.sync_all().context(|| format!("syncing {}", self.what))
+    }
+}
+
+/// Writes past the page cache if that can be.
+fn write_large(file: &File, direct: Option<&File>, data: &[u8], at: u64) -> io::Result<()> {
+    let Some(direct) = direct.filter(|_| data.len().is_multiple_of(ALIGN) && at.is_multiple_of(ALIGN as u64)) else {
+        return file.write_all_at(data, at);
+    };
+    match direct.write_all_at(aligned(data, &mut None), at) {
+        // The file system takes the flag, but not this write.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => file.write_all_at(data, at),
+        wrote => wrote,
     }
 }
 
@@ -338,5 +392,51 @@ impl ImageSink for Stream {
     async fn finish(&mut self) -> Result<()> {
         self.zero_up_to(self.size)?;
         self.to.flush().context(|| format!("writing the end to {}", self.what))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::IoBuf;
+
+    #[test]
+    fn large_writes_are_there_however_they_lie_and_whatever_the_file_system_can() {
+        // In memory and on the disk, which differ in what they can do past the page cache.
+        for dir in [tempfile::tempdir_in("/dev/shm"), tempfile::tempdir()] {
+            let dir = dir.expect("tempdir");
+            let path = dir.path().join("f");
+            let file = File::create(&path).expect("created");
+            let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(&path).ok();
+            let mut model = Vec::new();
+            for (i, (len, off)) in
+                [(1 << 20, 0), (1 << 20, 513), (65536, 0), (65536 + 100, 0), (4096, 7)].iter().enumerate()
+            {
+                let buf = IoBuf::zeroed(len + off);
+                buf.slice(*off..len + off).bytes_mut().fill(i as u8 + 1);
+                write_large(&file, direct.as_ref(), &buf.bytes()[*off..], model.len() as u64).expect("written");
+                model.resize(model.len() + len, i as u8 + 1);
+            }
+            assert!(std::fs::read(&path).expect("read") == model);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_fails_on_another_thread_is_told() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("f");
+        std::fs::write(&path, b"").expect("made");
+        for writes in [1, WRITES + 1] {
+            let mut out = RawOut::new(File::open(&path).expect("to read"), None, "f".into(), 64 << 20, None);
+            let mut result = Ok(());
+            for n in 0..writes as u64 {
+                result = result.and(out.write(n << 20, Bytes::from(vec![7; 1 << 20])).await);
+            }
+            let e = match result {
+                Ok(()) => out.finish().await.expect_err("it cannot be written"),
+                Err(e) => e,
+            };
+            assert!(e.to_string().contains("writing 1048576 bytes at byte 0 of f"), "{e}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::disk::IoBuf;
-use crate::disk::buf::ALIGN;
+use crate::disk::buf::{ALIGN, aligned};
 
 /// A body is written in pieces of this size: a larger one only waits in the disk's queue, where the log's writes wait behind it.
 const PIECE: usize = 512 << 10;
@@ -40,14 +40,7 @@ pub(super) fn write(file: &mut File, body: &[u8]) -> io::Result<()> {
 fn write_pieces(file: &mut File, body: &[u8]) -> io::Result<()> {
     let mut bounce = None;
     for piece in body.chunks(PIECE) {
-        if piece.len().is_multiple_of(ALIGN) && piece.as_ptr().addr().is_multiple_of(ALIGN) {
-            file.write_all(piece)?;
-            continue;
-        }
-        let len = piece.len().next_multiple_of(ALIGN);
-        let buf: &IoBuf = bounce.get_or_insert_with(|| IoBuf::zeroed(len));
-        buf.copy_in(0, piece);
-        file.write_all(buf.slice(0..len).bytes())?;
+        file.write_all(aligned(piece, &mut bounce))?;
     }
     if !body.len().is_multiple_of(ALIGN) {
         file.set_len(body.len() as u64)?;
