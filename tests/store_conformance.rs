@@ -371,7 +371,7 @@ fn s3_is_shared_between_runtimes() {
     drop(main);
     // The store threads' own runtime.
     let s2 = Arc::clone(&s);
-    tokio_uring::start(async move {
+    vb_ublk::disk::uring::run(async move {
         s2.put("uring", pattern(3, 4 << 20)).await.expect("put");
         assert!(s2.get_range("uring", 1..4 << 20).await.expect("get") == pattern(3, 4 << 20).slice(1..));
     });

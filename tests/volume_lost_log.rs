@@ -28,7 +28,7 @@ fn with_loss(bench: &Bench) -> Result<Host> {
 fn inspected(bench: &Bench) -> Inspection {
     let file = DataFile::open_to_read(&bench.log()).unwrap();
     let size = file.size().unwrap();
-    tokio_uring::start(async { inspect(&UringDisk::new(&file).unwrap(), size).await.unwrap() })
+    vb_ublk::disk::uring::run(async { inspect(&UringDisk::new(&file).unwrap(), size).await.unwrap() })
 }
 
 /// Flips a bit of the log.

@@ -13,6 +13,8 @@ use futures_util::future::{FutureExt, LocalBoxFuture, Shared, WeakShared};
 
 use super::Cache;
 use super::slot::PAGE_BLOCKS;
+use crate::chunk::header::HEADER_ROOM;
+use crate::chunk::pack::BuiltChunk;
 use crate::chunk::reader::{Blocks, ChunkReader, Stored};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -136,6 +138,15 @@ impl<D: Disk> Fetcher<D> {
     fn window(&self, source: u8, chunk: ChunkNo, wanted: Range<usize>) -> Range<usize> {
         let Some(stored) = self.reader.stored_blocks(source, chunk).filter(|n| *n >= wanted.end) else { return wanted };
         wanted.start / PAGE_BLOCKS * PAGE_BLOCKS..wanted.end.next_multiple_of(PAGE_BLOCKS).min(stored)
+    }
+
+    /// Puts into the cache a chunk of the volume's own that was just packed. Others may be offered when `_turn` is over.
+    pub async fn keep_packed<T>(&self, chunk: BuiltChunk, _turn: T) {
+        let Some((cache, disk)) = &self.cache else { return };
+        // Blocks that have lost sectors are never there.
+        if chunk.header.masks.is_empty() {
+            cache.admit(disk, 0, &chunk.header, 0, &chunk.body[HEADER_ROOM..], &[]).await;
+        }
     }
 
     /// Puts into the cache what was fetched.

@@ -51,6 +51,8 @@ pub const MAX_BYTES: u64 = 1 << 44;
 const SHARDS: usize = 16;
 /// Blocks that are fetched ahead in one request: 1 MiB, so that several are on their way at once.
 const MOST_AHEAD: u16 = 256;
+/// Pages of a chunk that are written at once.
+const ADMIT_DEPTH: usize = 8;
 /// Headers read at once when a cache is taken up again.
 const RESTORE_DEPTH: usize = 32;
 
@@ -290,12 +292,13 @@ impl Cache {
         data: &[u8],
         bad: &[usize],
     ) {
-        for (before, n) in parts(from, data.len() / BLOCK) {
+        let writes = stream::iter(parts(from, data.len() / BLOCK)).map(|(before, n)| {
             let at = from + before;
             let lost = bad.iter().filter(|b| (before..before + n).contains(b)).map(|b| from + b);
             let present = lost.fold(mask(at % PAGE_BLOCKS, n), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
-            self.admit_part(disk, source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present).await;
-        }
+            self.admit_part(disk, source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present)
+        });
+        writes.buffer_unordered(ADMIT_DEPTH).for_each(|()| async {}).await;
     }
 
     /// A page, or a part of one: `data` from the chunk's stored block `at` on.

@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::slot::SLOT_BYTES;
@@ -28,6 +27,10 @@ struct Free {
     failed: VecDeque<u32>,
     /// Slots that the file has room for.
     grown: u32,
+    /// Whether the file system had room at the last look.
+    roomy: bool,
+    /// Slots handed out since it has had none.
+    since: u32,
 }
 
 /// See the module's page.
@@ -36,15 +39,9 @@ pub(super) struct Room {
     file: Arc<DataFile>,
     total: u32,
     free: Mutex<Free>,
-    /// Whether the file system had room at the last look.
-    roomy: AtomicBool,
-    /// How many slots there may be now.
-    limit: AtomicU32,
-    /// Slots handed out since it has had none.
-    since: AtomicU32,
     /// For tests: in place of the file system.
     #[cfg(test)]
-    pub(super) full: AtomicBool,
+    pub(super) full: std::sync::atomic::AtomicBool,
 }
 
 /// A slot that somebody has; free again when it is dropped.
@@ -88,15 +85,12 @@ impl Room {
         }
         // It grows by whole slots: what is cut inside of one was cut by somebody else.
         let old = (had / SLOT_BYTES).min(total.into()) as u32;
-        let free = Mutex::new(Free { used: VecDeque::new(), fresh: old..total, failed: VecDeque::new(), grown: old });
-        let (roomy, limit, since) = (true.into(), total.into(), 0.into());
+        let (used, failed) = (VecDeque::new(), VecDeque::new());
+        let free = Free { used, fresh: old..total, failed, grown: old, roomy: true, since: 0 };
         let room = Self {
             file,
             total,
-            free,
-            roomy,
-            limit,
-            since,
+            free: Mutex::new(free),
             #[cfg(test)]
             full: false.into(),
         };
@@ -109,7 +103,8 @@ impl Room {
 
     /// How many slots there may be now.
     pub(super) fn limit(&self) -> u32 {
-        self.limit.load(Ordering::Relaxed)
+        let free = self.free();
+        if free.roomy { self.total } else { free.fresh.start }
     }
 
     /// A slot that an earlier life may have left something in; to be called once for each.
@@ -120,9 +115,11 @@ impl Room {
     /// A slot to be written, if one is free.
     pub(super) fn take(self: &Arc<Self>) -> Option<Slot> {
         let mut free = self.free();
-        let roomy = self.roomy.load(Ordering::Relaxed);
-        if !roomy && self.since.fetch_add(1, Ordering::Relaxed) % LOOK == LOOK - 1 {
-            self.look(&mut free);
+        if !free.roomy {
+            free.since += 1;
+            if free.since >= LOOK {
+                self.look(&mut free);
+            }
         }
         let number = free.used.pop_front().or_else(|| self.fresh(&mut free)).or_else(|| free.failed.pop_front())?;
         drop(free);
@@ -131,7 +128,7 @@ impl Room {
 
     fn fresh(&self, free: &mut Free) -> Option<u32> {
         let n = free.fresh.start;
-        let is_known = self.roomy.load(Ordering::Relaxed) && !n.is_multiple_of(LOOK) && n < free.grown;
+        let is_known = free.roomy && !n.is_multiple_of(LOOK) && n < free.grown;
         if free.fresh.is_empty() || !(is_known || self.look(free)) {
             return None;
         }
@@ -142,14 +139,14 @@ impl Room {
     fn look(&self, free: &mut Free) -> bool {
         let grown = self.has_room().then(|| self.grow(free));
         let roomy = matches!(grown, Some(Ok(())));
-        if self.roomy.swap(roomy, Ordering::Relaxed) && !roomy {
+        free.since = 0;
+        if std::mem::replace(&mut free.roomy, roomy) && !roomy {
             let why = match grown {
                 Some(Err(e)) => e.to_string(),
                 _ => "its file system is nearly full".to_owned(),
             };
             tracing::warn!("the cache {} grows no further: {why}", self.file.path().display());
         }
-        self.limit.store(if roomy { self.total } else { free.fresh.start }, Ordering::Relaxed);
         roomy
     }
 
@@ -160,7 +157,7 @@ impl Room {
 
     #[cfg(test)]
     fn has_room(&self) -> bool {
-        !self.full.load(Ordering::Relaxed)
+        !self.full.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     fn grow(&self, free: &mut Free) -> std::io::Result<()> {
@@ -176,6 +173,8 @@ impl Room {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     fn file(dir: &tempfile::TempDir) -> Arc<DataFile> {

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::control::Order;
 use crate::config::FlushTo;
 use crate::disk::file::DataFile;
-use crate::disk::uring::UringDisk;
+use crate::disk::uring::{self, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::frontend::ublk;
 use crate::gc;
@@ -443,7 +443,7 @@ impl OpenLog {
     }
 
     fn with_disk<T>(&self, f: impl AsyncFnOnce(UringDisk) -> Result<T>) -> Result<T> {
-        tokio_uring::start(async {
+        uring::run(async {
             let opening = || format!("opening {} a second time", self.0.path().display());
             f(UringDisk::new(&self.0).context(opening)?).await
         })

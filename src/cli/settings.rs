@@ -92,6 +92,11 @@ impl Surroundings<'_> {
         self.first(&[name]).map(parse).transpose()
     }
 
+    /// What says by itself what is wrong with it.
+    fn parsed<T: FromStr<Err = Error>>(&self, name: &'static str) -> Result<Option<T>> {
+        self.first(&[name]).map(|v| v.parse().map_err(|e: Error| e.context(name))).transpose()
+    }
+
     fn flag(&self, name: &str) -> Result<Option<bool>> {
         match self.first(&[name]).as_deref() {
             None => Ok(None),
@@ -189,21 +194,14 @@ impl AddDefaults {
     fn resolve(around: &Surroundings<'_>, file: FileConfig) -> Result<Self> {
         const DIR: &str = "VB_UBLK_WAL_DIR";
         const DEVICE: &str = "VB_UBLK_WAL_DEVICE";
-        const SIZE: &str = "VB_UBLK_WAL_SIZE";
         let path = |name| around.first(&[name]).map(PathBuf::from);
         let (dir, device) = (path(DIR), path(DEVICE));
         if dir.is_some() && device.is_some() {
             return Err(Error::new(ErrorKind::Usage, format!("both {DIR} and {DEVICE} are set: keep one of them")));
         }
         const METRICS: &str = "VB_UBLK_METRICS";
-        let bytes =
-            |name| around.first(&[name]).map(|v| v.parse::<ByteSize>().map_err(|e| e.context(name))).transpose();
-        let size = bytes(SIZE)?;
-        let cache = CacheArgs { cache_dir: path("VB_UBLK_CACHE_DIR"), cache_size: bytes("VB_UBLK_CACHE_SIZE")? };
-        const FLUSH: &str = "VB_UBLK_FLUSH";
-        let flush = around.first(&[FLUSH]).map(|v| v.parse().map_err(|e: Error| e.context(FLUSH))).transpose()?;
-        const GARBAGE: &str = "VB_UBLK_GC_GARBAGE";
-        let garbage = around.first(&[GARBAGE]).map(|v| v.parse().map_err(|e: Error| e.context(GARBAGE))).transpose()?;
+        let cache =
+            CacheArgs { cache_dir: path("VB_UBLK_CACHE_DIR"), cache_size: around.parsed("VB_UBLK_CACHE_SIZE")? };
         let (address, place) = match around.first(&[METRICS]) {
             Some(v) => (Some(v), METRICS),
             None => (file.metrics, "`metrics` in the configuration file"),
@@ -213,10 +211,10 @@ impl AddDefaults {
             queues: around.number("VB_UBLK_QUEUES")?.or(file.queues),
             depth: around.number("VB_UBLK_DEPTH")?.or(file.depth),
             log: LogPlace::of(dir, device).or_else(|| LogPlace::of(file.wal_dir, file.wal_device)),
-            wal_size: size.or(file.wal_size),
+            wal_size: around.parsed("VB_UBLK_WAL_SIZE")?.or(file.wal_size),
             cache: cache.or(&CacheArgs { cache_dir: file.cache_dir, cache_size: file.cache_size }),
-            flush: flush.or(file.flush),
-            gc_garbage: garbage.or(file.gc_garbage),
+            flush: around.parsed("VB_UBLK_FLUSH")?.or(file.flush),
+            gc_garbage: around.parsed("VB_UBLK_GC_GARBAGE")?.or(file.gc_garbage),
             io_timeout: around.number("VB_UBLK_IO_TIMEOUT")?.or(file.io_timeout),
             metrics,
             strict: around.flag("VB_UBLK_STRICT")?.or(file.strict).unwrap_or(false),

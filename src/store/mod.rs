@@ -209,6 +209,13 @@ pub async fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn Store>>
     })
 }
 
+/// Has threads ready that the store will want: for a process that may not get them later.
+pub fn prepare(url: &StoreUrl) {
+    if let StoreUrl::S3 { .. } = url {
+        s3::prepare();
+    }
+}
+
 /// Whether a key may be used: 1 to 1024 bytes; parts between slashes not empty, of at most 255 bytes, neither
 /// `.` nor `..`, not starting with `.vb-`; no control characters and no backslash.
 ///

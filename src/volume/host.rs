@@ -24,7 +24,7 @@ use crate::cache::{self, Cache};
 use crate::config::FlushTo;
 use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
-use crate::disk::uring::{TokioTimer, UringDisk};
+use crate::disk::uring::{self, TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc;
 use crate::manifest::{Published, Writer};
@@ -32,7 +32,7 @@ use crate::map::Location;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
-use crate::store::{Store, StoreOptions, StoreUrl, open};
+use crate::store::{self, Store, StoreOptions, StoreUrl, open};
 use crate::time::{Timer, now_unix};
 use crate::units::Nonce;
 use crate::wal::create::{SuperblockFile, geometry_for};
@@ -113,11 +113,12 @@ impl Host {
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
             step_back();
-            tokio_uring::start(async move {
+            store::prepare(&opts.store_url);
+            uring::run(async move {
                 match open_and_attach(&opts).await {
                     Ok(Attached { volume, mut background, reads, reader }) => {
                         if opts.guard_memory && !volume.read_only() {
-                            background.guard_memory();
+                            background.guard_memory(opts.cache.is_some());
                         }
                         let _ = told.send(Ok((volume, reads, reader)));
                         background.run().await;
@@ -138,7 +139,7 @@ impl Host {
         }
         let served = volume.clone();
         let reading = spawn("vb-reads", move || {
-            tokio_uring::start(async move {
+            uring::run(async move {
                 let keeper = async {
                     match disk_of(served.log_file()) {
                         Ok(disk) => keep_log(served.clone(), disk, TokioTimer).await,
@@ -237,13 +238,19 @@ pub async fn serve_reads<D: Disk>(
     let mut gone = std::pin::pin!(gone);
     let (mut running, mut running_ahead, mut keeping) =
         (FuturesUnordered::new(), FuturesUnordered::new(), FuturesUnordered::new());
-    let mut ahead = VecDeque::new();
+    let (mut ahead, mut packed, mut keeping_packed) = (VecDeque::new(), VecDeque::new(), FuturesUnordered::new());
     loop {
         while running_ahead.len() < MAX_AHEAD
             && keeping.len() < MAX_KEEPING
             && let Some((at, blocks)) = ahead.pop_front()
         {
             running_ahead.push(fetcher.fetch_ahead(at, blocks));
+        }
+        // One after the other: readers and writers want the disk, too.
+        if keeping_packed.is_empty()
+            && let Some((chunk, turn)) = packed.pop_front()
+        {
+            keeping_packed.push(fetcher.keep_packed(chunk, turn));
         }
         tokio::select! {
             () = &mut gone => break,
@@ -254,8 +261,16 @@ pub async fn serve_reads<D: Disk>(
             }
             Some(fetched) = running_ahead.next() => keeping.extend(Option::map(fetched, |f| fetcher.keep(f))),
             Some(()) = keeping.next() => {}
+            Some(()) = keeping_packed.next() => {}
             request = requests.recv(), if running.len() < MAX_READS => {
-                let Some(ReadRequest { at, blocks, waiting }) = request else { break };
+                let Some(request) = request else { break };
+                let (at, blocks, waiting) = match request {
+                    ReadRequest::Blocks { at, blocks, waiting } => (at, blocks, waiting),
+                    ReadRequest::Packed(chunk, turn) => {
+                        packed.push_back((chunk, turn));
+                        continue;
+                    }
+                };
                 if let Some(waiting) = waiting {
                     if waiting.reply.is_closed() {
                         continue;
@@ -271,7 +286,7 @@ pub async fn serve_reads<D: Disk>(
         while running.next().await.is_some() {}
     }
     // The buffers of a write that is not awaited are never freed.
-    while keeping.next().await.is_some() {}
+    while keeping.next().await.is_some() || keeping_packed.next().await.is_some() {}
 }
 
 async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, at: Location, blocks: u16, waiting: Waiting) -> Option<Fetched> {

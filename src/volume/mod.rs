@@ -57,10 +57,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use uuid::Uuid;
 
 use crate::cache::Cache;
+use crate::chunk::pack::BuiltChunk;
 use crate::chunk::reader::Blocks;
 use crate::config::FlushTo;
 use crate::disk::file::DataFile;
@@ -81,16 +82,23 @@ pub use status::{BackgroundStatus, SpaceStatus, VolumeStatus};
 const READ_QUEUE: usize = 1024;
 /// Commands that may wait for the background.
 const COMMAND_QUEUE: usize = 16;
+/// Chunks just packed that may wait for the cache, each with its memory.
+pub(crate) const PACKED_QUEUE: usize = 4;
 
-/// A lane's wish for blocks of a chunk.
+/// What is asked of the thread that reads chunks and fills the cache.
 #[derive(Debug)]
-pub struct ReadRequest {
-    /// Where they are.
-    pub at: Location,
-    /// How many.
-    pub blocks: u16,
-    /// Who waits for them; nobody when they are fetched ahead, for the cache.
-    pub waiting: Option<Waiting>,
+pub enum ReadRequest {
+    /// A lane's wish for blocks of a chunk.
+    Blocks {
+        /// Where they are.
+        at: Location,
+        /// How many.
+        blocks: u16,
+        /// Who waits for them; nobody when they are fetched ahead, for the cache.
+        waiting: Option<Waiting>,
+    },
+    /// A chunk that was just packed is in memory: the cache may have it without a read.
+    Packed(BuiltChunk, OwnedSemaphorePermit),
 }
 
 /// Who waits for blocks.
@@ -170,6 +178,8 @@ pub struct Volume {
     pub(crate) maps: Arc<Maps>,
     pub(crate) throttle: Throttle,
     reads: mpsc::Sender<ReadRequest>,
+    /// Room for chunks in `reads`.
+    packed: Arc<Semaphore>,
     commands: mpsc::Sender<Command>,
     confirmed: watch::Sender<bool>,
     is_confirmed: AtomicBool,
@@ -236,6 +246,7 @@ impl Volume {
             maps,
             throttle: Throttle::default(),
             reads,
+            packed: Arc::new(Semaphore::new(PACKED_QUEUE)),
             commands,
             confirmed: watch::Sender::new(false),
             is_confirmed: false.into(),
@@ -355,7 +366,7 @@ impl Volume {
     /// Blocks of a chunk, by way of the store threads; `None` when the chunk is not there (any more).
     async fn read_chunk(&self, at: Location, first: BlockNo, blocks: u16) -> Result<Option<Blocks>, IoFault> {
         let (reply, answer) = oneshot::channel();
-        let request = ReadRequest { at, blocks, waiting: Some(Waiting { first, reply }) };
+        let request = ReadRequest::Blocks { at, blocks, waiting: Some(Waiting { first, reply }) };
         if self.reads.send(request).await.is_err() {
             return Err(IoFault::Gone);
         }
@@ -392,7 +403,14 @@ impl Volume {
     fn fetch_ahead(&self, at: Location, blocks: u16) {
         if self.reads.capacity() > READ_QUEUE / 2 {
             // Full or closed: then not.
-            let _ = self.reads.try_send(ReadRequest { at, blocks, waiting: None });
+            let _ = self.reads.try_send(ReadRequest::Blocks { at, blocks, waiting: None });
+        }
+    }
+
+    /// Offers the cache a chunk that was just packed. Best effort: of those that come faster than its disk takes them some are left out.
+    pub(crate) fn offer_packed(&self, chunk: &BuiltChunk) {
+        if let Ok(turn) = Arc::clone(&self.packed).try_acquire_owned() {
+            let _ = self.reads.try_send(ReadRequest::Packed(chunk.clone(), turn));
         }
     }
 

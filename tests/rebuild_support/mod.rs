@@ -51,7 +51,7 @@ pub(crate) fn local_log(path: &Path) -> Option<LocalLog> {
     }
     let file = DataFile::open_to_read(path).unwrap();
     let size = file.size().unwrap();
-    let found = tokio_uring::start(async { inspect(&UringDisk::new(&file).unwrap(), size).await.unwrap() });
+    let found = vb_ublk::disk::uring::run(async { inspect(&UringDisk::new(&file).unwrap(), size).await.unwrap() });
     Some(LocalLog::of(path.display().to_string(), &found))
 }
 

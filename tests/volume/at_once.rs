@@ -33,7 +33,7 @@ async fn take(store: Arc<dyn Store>, dir: &Path, host: u64) -> Result<()> {
 /// Both have looked before either writes; of the two writes the second comes `late`.
 fn two_at_once(conditions: bool, late: Duration) -> Error {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("dir");
-    tokio_uring::start(async {
+    vb_ublk::disk::uring::run(async {
         // The first is the creation's.
         let writes = AtomicU64::new(0);
         let decide = move |c: Call<'_>| match c.op {

@@ -58,7 +58,7 @@ fn who_takes_the_volume_in_the_background_latches_the_log() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("dir");
     let open = || Arc::new(DataFile::open(&dir.path().join("v.wal"), true).expect("the log"));
     let geometry = geometry_for(MIN_LOG_BYTES).expect("a size");
-    tokio_uring::start(async {
+    vb_ublk::disk::uring::run(async {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let stores = || Stores { attach: store.clone(), background: store.clone() };
         let opts = CreateOptions { size_bytes: 1 << 20, logical_block: 512 };

@@ -10,6 +10,7 @@ mod flatten;
 mod gc;
 mod latch;
 mod lives;
+mod packed;
 mod resize;
 mod snapshots;
 #[path = "../support_rng/mod.rs"]

@@ -10,6 +10,7 @@
 mod config;
 mod error;
 mod http;
+mod uploads;
 
 use std::fmt;
 use std::ops::Range;
@@ -21,6 +22,7 @@ use aws_sdk_s3::primitives::ByteStream;
 use bytes::{Bytes, BytesMut};
 
 use self::error::{Failure, broken_body};
+pub(super) use self::uploads::prepare;
 use super::{
     MAX_OBJECT_BYTES, ObjectMeta, Op, Precondition, Store, StoreOptions, StoreUrl, Version, check_key, check_prefix,
     check_range, check_size, short_object,
@@ -205,10 +207,12 @@ impl Store for S3Store {
 
     async fn put(&self, key: &str, body: Bytes) -> Result<()> {
         check_size(key, body.len() as u64)?;
+        let is_large = body.len() >= uploads::LARGE;
         let request =
             self.client.put_object().bucket(&self.bucket).key(self.full_key(key)?).body(ByteStream::from(body));
         self.timed(Op::Put, key, async {
-            request.send().await.map_err(|e| self.failure(Op::Put, key).translate(e))?;
+            let sent = if is_large { uploads::aside(request.send()).await? } else { request.send().await };
+            sent.map_err(|e| self.failure(Op::Put, key).translate(e))?;
             Ok(())
         })
         .await

@@ -149,6 +149,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         while self.uploading < MAX_UPLOADS {
             let Some((group, chunk)) = self.uploads.pop_front() else { return };
             self.uploading += 1;
+            // Not a batch of garbage collection's, which nobody has asked for lately.
+            let for_cache =
+                self.volume.cache.get().is_some() && chunk.header.group != GroupNo(0) && !self.memory.is_short();
             let (volume, store, timer) = (self.volume.clone(), self.store.clone(), self.timer.clone());
             let key = key_of(&self.prefix, &chunk.header);
             self.spawn(async move {
@@ -161,6 +164,9 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                     match select(put, std::pin::pin!(volume.until_gone())).await {
                         Either::Left((Ok(()), _)) => {
                             no_trouble(&volume);
+                            if for_cache {
+                                volume.offer_packed(&chunk);
+                            }
                             return Event::Uploaded { group, ok: true };
                         }
                         Either::Left((Err(e), _)) => trouble(&volume, &format!("uploading {key}"), &e),

@@ -1,8 +1,8 @@
 //! Whether memory is so short that whatever is not there yet may never come.
 //!
 //! The pages that fill a machine may be those that wait to be written to this very volume: what packing them needs has to be there before.
-//! So a process that serves a device of this machine keeps a few chunks' buffers ([`RESERVED_BODIES`]), and while memory is short a
-//! group takes no more than those, and there is one at a time.
+//! So a process that serves a device of this machine keeps a few chunks' buffers ([`RESERVED_BODIES`], beside what may wait for the
+//! cache), and while memory is short a group takes no more than those, and there is one at a time.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -39,7 +39,7 @@ use patience::no_trouble;
 pub(super) use patience::{Absences, Backoff, trouble};
 
 use super::recover::StoreEnd;
-use super::{Command, Volume};
+use super::{Command, PACKED_QUEUE, Volume};
 use crate::chunk::bodies::Bodies;
 use crate::chunk::pack::BuiltChunk;
 use crate::chunk::pack::Suspects;
@@ -332,8 +332,8 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 
     /// The volume is a device of this machine: see [`memory`].
-    pub(super) fn guard_memory(&mut self) {
-        self.bodies.reserve(RESERVED_BODIES);
+    pub(super) fn guard_memory(&mut self, has_cache: bool) {
+        self.bodies.reserve(RESERVED_BODIES + if has_cache { PACKED_QUEUE } else { 0 });
         self.memory = Memory::watched();
     }
 
