@@ -9,7 +9,8 @@
 #   make soak-guest  kills, outages, power cuts and memory pressure on a real ublk driver, an hour; SOAK="--short kills" for less
 #   make mutants the program broken on purpose, one thing at a time: the tests have to notice
 #   make fuzz    each fuzz target for FUZZ_SECONDS (60), from seeds that the real encoders make; bounded memory
-#   make bench   benchmarks: the maps, NBD beside other servers, the way to S3, images, snapshots, and ublk in the guest
+#   make bench   benchmarks: the maps, NBD beside other servers, the way to S3, beside others over S3, images, snapshots, boots, scale,
+#                and ublk in the guest; and the plots of docs/PERFORMANCE.md. An hour and a half, alone on the machine
 #   make lint    formatting, clippy, shellcheck, licenses; make fmt formats
 #   make deny    licenses, sources, and the advisory database (wants a network)
 
@@ -74,12 +75,17 @@ demo: build
 	scripts/demo --bin "$${CARGO_TARGET_DIR:-target}/release/vb-ublk"
 
 bench: build
+	scripts/setup test guest bench peers
 	$(CARGO) bench --locked
 	scripts/bench/nbd
 	scripts/bench/s3
 	scripts/bench/import
 	scripts/bench/snapshot
+	scripts/bench/peers
+	scripts/bench/boot
+	scripts/bench/scale
 	scripts/bench/guest
+	scripts/bench/plot
 
 lint: setup-build setup-lint
 	scripts/test lint deny

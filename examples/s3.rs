@@ -1,8 +1,10 @@
 //! The other side of benchmarks over S3: a server in memory that is as slow as one wants, and the bare SDK in a loop.
 //!
-//! `s3 serve [--latency-ms N] [--upload-rate BYTES]`: on a free port of 127.0.0.1, which it prints. Every answer comes N ms late; what is
-//! put takes its time at so many bytes per second, all requests together. It knows one bucket, and what vb-ublk asks for: PUT with
-//! If-Match and If-None-Match, GET with a range, DELETE, ListObjectsV2. Signatures are not looked at. Ends when its standard input does.
+//! `s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES]`: on a free port of 127.0.0.1, which it prints. Every answer comes
+//! N ms late; what is put takes its time at so many bytes per second, all requests together. Of chunks only their first bytes are kept, if
+//! that is said: the others read as zeros, so that a volume may be larger than the memory. It knows one bucket, and what vb-ublk and those that it is
+//! measured against ask for: PUT with If-Match and If-None-Match, GET with a range, HEAD, DELETE, multipart uploads, lists of both
+//! versions. What it does not know it names on standard error. Signatures are not looked at. Ends when its standard input does.
 //!
 //! `s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]`: so many requests of the bare SDK, so many in flight; prints
 //! bytes per second. `get` reads what `put` has put.
@@ -63,10 +65,32 @@ struct Server {
     state: Mutex<State>,
 }
 
-struct State {
-    /// By key: an ETag and the content.
-    objects: BTreeMap<String, (u64, Bytes)>,
+/// An object: its length, and as much of it as is kept.
+#[derive(Clone)]
+struct Object {
     etag: u64,
+    kept: Bytes,
+    len: usize,
+}
+
+impl Object {
+    fn bytes(&self, from: usize, to: usize) -> Bytes {
+        if to <= self.kept.len() {
+            return self.kept.slice(from..to);
+        }
+        let mut bytes = self.kept.get(from..).unwrap_or_default().to_vec();
+        bytes.resize(to - from, 0);
+        bytes.into()
+    }
+}
+
+struct State {
+    objects: BTreeMap<String, Object>,
+    /// Bytes that are kept of a chunk.
+    chunks_keep: usize,
+    etag: u64,
+    /// Parts of multipart uploads, by upload and number.
+    parts: BTreeMap<(u64, u64), Bytes>,
     /// When the last of what is being put will have come.
     busy_until: Instant,
 }
@@ -82,7 +106,7 @@ fn refuse(status: StatusCode, code: &str) -> Response<Whole> {
 }
 
 fn with_etag(mut response: Response<Whole>, etag: u64) -> Response<Whole> {
-    if let Ok(value) = HeaderValue::from_str(&format!("\"{etag}\"")) {
+    if let Ok(value) = HeaderValue::from_str(&format!("\"{etag:032x}\"")) {
         response.headers_mut().insert(ETAG, value);
     }
     response
@@ -130,39 +154,52 @@ impl Server {
             return refuse(StatusCode::NOT_FOUND, "NoSuchBucket");
         };
         let header = |name| parts.headers.get(name).and_then(|v| v.to_str().ok());
+        let query = parts.uri.query().unwrap_or_default();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = state.multipart(&parts.method, &key, query, &content) {
+            return answer;
+        }
         let there = state.objects.get(&key).cloned();
         match parts.method {
-            Method::GET if key.is_empty() => list(&state, parts.uri.query().unwrap_or_default()),
+            Method::GET if key.is_empty() => list(&state, query),
+            Method::HEAD if key.is_empty() => answer(StatusCode::OK, ""),
+            Method::HEAD => {
+                let Some(there) = there else { return answer(StatusCode::NOT_FOUND, "") };
+                // Its length is told, and none of it sent.
+                with_etag(answer(StatusCode::OK, there.bytes(0, there.len)), there.etag)
+            }
             Method::GET => {
-                let Some((etag, all)) = there else { return refuse(StatusCode::NOT_FOUND, "NoSuchKey") };
-                let Some(asked) = header(RANGE) else { return with_etag(answer(StatusCode::OK, all), etag) };
-                let Some((from, to)) = range_of(asked, all.len()) else {
+                let Some(there) = there else { return refuse(StatusCode::NOT_FOUND, "NoSuchKey") };
+                let Object { etag, len, .. } = there;
+                let Some(asked) = header(RANGE) else {
+                    return with_etag(answer(StatusCode::OK, there.bytes(0, len)), etag);
+                };
+                let Some((from, to)) = range_of(asked, len) else {
                     return refuse(StatusCode::RANGE_NOT_SATISFIABLE, "InvalidRange");
                 };
-                let mut response = answer(StatusCode::PARTIAL_CONTENT, all.slice(from..to));
-                if let Ok(value) = HeaderValue::from_str(&format!("bytes {from}-{}/{}", to - 1, all.len())) {
+                let mut response = answer(StatusCode::PARTIAL_CONTENT, there.bytes(from, to));
+                if let Ok(value) = HeaderValue::from_str(&format!("bytes {from}-{}/{len}", to - 1)) {
                     response.headers_mut().insert(CONTENT_RANGE, value);
                 }
                 with_etag(response, etag)
             }
             Method::PUT => {
-                let is = there.map(|(etag, _)| format!("\"{etag}\""));
+                let is = there.map(|o| format!("\"{:032x}\"", o.etag));
                 let fits = header(IF_MATCH).is_none_or(|wanted| is.as_deref() == Some(wanted))
                     && (header(IF_NONE_MATCH).is_none() || is.is_none());
                 if !fits {
                     return refuse(StatusCode::PRECONDITION_FAILED, "PreconditionFailed");
                 }
-                state.etag += 1;
-                let etag = state.etag;
-                state.objects.insert(key, (etag, content.into()));
-                with_etag(answer(StatusCode::OK, ""), etag)
+                with_etag(answer(StatusCode::OK, ""), state.keep(key, content.into()))
             }
             Method::DELETE => {
                 state.objects.remove(&key);
                 answer(StatusCode::NO_CONTENT, "")
             }
-            _ => refuse(StatusCode::NOT_IMPLEMENTED, "NotImplemented"),
+            method => {
+                eprintln!("s3: {method} {} is not known here", parts.uri);
+                refuse(StatusCode::NOT_IMPLEMENTED, "NotImplemented")
+            }
         }
     }
 
@@ -176,27 +213,84 @@ impl Server {
     }
 }
 
+impl State {
+    /// Keeps an object, and gives it an ETag.
+    fn keep(&mut self, key: String, content: Bytes) -> u64 {
+        self.etag += 1;
+        let len = content.len();
+        let keep = if key.contains("/chunks/") { self.chunks_keep.min(len) } else { len };
+        // A part of its memory would keep all of it.
+        let kept = if keep < len { Bytes::copy_from_slice(&content[..keep]) } else { content };
+        self.objects.insert(key, Object { etag: self.etag, kept, len });
+        self.etag
+    }
+
+    /// What is asked of multipart uploads, if it is that.
+    fn multipart(&mut self, method: &Method, key: &str, query: &str, content: &[u8]) -> Option<Response<Whole>> {
+        if *method == Method::POST && query.split('&').any(|q| q == "uploads" || q == "uploads=") {
+            self.etag += 1;
+            let body = format!(
+                "<InitiateMultipartUploadResult><UploadId>{}</UploadId></InitiateMultipartUploadResult>",
+                self.etag
+            );
+            return Some(answer(StatusCode::OK, body));
+        }
+        let upload: u64 = asked(query, "uploadId")?.parse().ok()?;
+        let all = (upload, 0)..=(upload, u64::MAX);
+        match *method {
+            Method::PUT => {
+                let number: u64 = asked(query, "partNumber")?.parse().ok()?;
+                self.parts.insert((upload, number), Bytes::copy_from_slice(content));
+                Some(with_etag(answer(StatusCode::OK, ""), number))
+            }
+            Method::POST => {
+                let whole: Vec<u8> = self.parts.range(all.clone()).flat_map(|(_, part)| part.iter().copied()).collect();
+                self.parts.retain(|k, _| !all.contains(k));
+                let etag = self.keep(key.to_owned(), whole.into());
+                let body = format!(
+                    "<CompleteMultipartUploadResult><ETag>\"{etag:032x}\"</ETag></CompleteMultipartUploadResult>"
+                );
+                Some(answer(StatusCode::OK, body))
+            }
+            Method::DELETE => {
+                self.parts.retain(|k, _| !all.contains(k));
+                Some(answer(StatusCode::NO_CONTENT, ""))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What a query says of `name`.
+fn asked(query: &str, name: &str) -> Option<String> {
+    let found = query.split('&').filter_map(|p| p.split_once('=')).find(|(n, _)| *n == name);
+    found.map(|(_, v)| unescape(v))
+}
+
 fn list(state: &State, query: &str) -> Response<Whole> {
-    let asked = |name: &str| {
-        let found = query.split('&').filter_map(|p| p.split_once('=')).find(|(n, _)| *n == name);
-        found.map(|(_, v)| unescape(v))
-    };
+    let asked = |name| asked(query, name);
     let prefix = asked("prefix").unwrap_or_default();
-    let after = asked("continuation-token").or_else(|| asked("start-after")).unwrap_or_default();
+    let after = ["continuation-token", "start-after", "marker"].into_iter().find_map(asked).unwrap_or_default();
     let mut out = format!("<?xml version=\"1.0\"?><ListBucketResult><Name>{BUCKET}</Name>");
     let found: Vec<_> =
         state.objects.iter().filter(|(k, _)| k.starts_with(&prefix) && **k > after).take(1001).collect();
-    for (key, (_, all)) in found.iter().take(1000) {
-        out += &format!("<Contents><Key>{key}</Key><Size>{}</Size></Contents>", all.len());
+    for (key, Object { etag, len, .. }) in found.iter().take(1000) {
+        out += &format!(
+            "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>\"{etag:032x}\"</ETag>\
+             <Size>{len}</Size></Contents>"
+        );
     }
     if let (1001, Some((last, _))) = (found.len(), found.get(999)) {
         out += &format!("<IsTruncated>true</IsTruncated><NextContinuationToken>{last}</NextContinuationToken>");
+    } else {
+        out += "<IsTruncated>false</IsTruncated>";
     }
     answer(StatusCode::OK, out + "</ListBucketResult>")
 }
 
-async fn serve(latency: Duration, upload_rate: Option<f64>) -> std::io::Result<()> {
-    let state = State { objects: BTreeMap::new(), etag: 0, busy_until: Instant::now() };
+async fn serve(latency: Duration, upload_rate: Option<f64>, chunks_keep: usize) -> std::io::Result<()> {
+    let state =
+        State { objects: BTreeMap::new(), chunks_keep, etag: 0, parts: BTreeMap::new(), busy_until: Instant::now() };
     let server = Arc::new(Server { latency, upload_rate, state: Mutex::new(state) });
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     println!("http://{}", listener.local_addr()?);
@@ -287,16 +381,17 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<(), Box<dyn std::error::Error>> {
-    const USAGE: &str = "usage: s3 serve [--latency-ms N] [--upload-rate BYTES] | s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]";
+    const USAGE: &str = "usage: s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES] | s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]";
     let mut args = std::env::args().skip(1);
     let what = args.next().ok_or(USAGE)?;
-    let (mut latency, mut rate, mut endpoint) = (0, None, String::new());
+    let (mut latency, mut rate, mut keep, mut endpoint) = (0, None, usize::MAX, String::new());
     let (mut objects, mut size, mut parallel) = (256, 4 << 20, 16);
     while let Some(name) = args.next() {
         let value = args.next().ok_or(USAGE)?;
         match name.as_str() {
             "--latency-ms" => latency = value.parse()?,
             "--upload-rate" => rate = Some(value.parse()?),
+            "--chunks-keep" => keep = value.parse()?,
             "--endpoint" => endpoint = value,
             "--objects" => objects = value.parse()?,
             "--size" => size = value.parse()?,
@@ -306,7 +401,7 @@ fn start() -> Result<(), Box<dyn std::error::Error>> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match what.as_str() {
-        "serve" => Ok(runtime.block_on(serve(Duration::from_millis(latency), rate))?),
+        "serve" => Ok(runtime.block_on(serve(Duration::from_millis(latency), rate, keep))?),
         "put" | "get" => {
             let rate = runtime.block_on(run(&Loop { put: what == "put", endpoint, objects, size, parallel }))?;
             println!("{rate:.0}");
