@@ -1,12 +1,14 @@
-"""What the benchmarks share: where things are, the S3 server in memory, programs of ours, and medians."""
+"""What the benchmarks share: where things are, the S3 server in memory, the program over NBD, and medians."""
 
 import json
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -103,3 +105,45 @@ class Server:
 
     def bench(self, *options):
         return json.loads(self.vb("bench", "--overwrite", "--json", *options))
+
+
+class Serving:
+    """`vb-ublk nbd` of volumes, from its first answer on; without volumes it serves those that clients ask for.
+
+    `process` and `socket`; what it says goes to the log in the folder `work`."""
+
+    def __init__(self, work, volumes, *options, where=()):
+        # A path of a socket may have no more than 107 bytes.
+        self.folder = tempfile.TemporaryDirectory()
+        self.socket = pathlib.Path(self.folder.name) / "nbd"
+        named = [word for v in volumes for word in ("--volume", v)]
+        command = [VB, *where, "nbd", "--unix", self.socket, *named, *options]
+        with open(work / "log", "a") as log:
+            self.process = subprocess.Popen([*map(str, command)], env=environment(work), stdout=subprocess.PIPE, stderr=log, text=True)
+        if not self.process.stdout.readline():
+            sys.exit(f"vb-ublk nbd does not start: {(work / 'log').read_text()[-2000:]}")
+
+    def uri(self, volume):
+        return f"nbd+unix:///{volume}?socket={self.socket}"
+
+    def attach(self, volume):
+        """Seconds until a client has been served: a volume is attached when the first one comes."""
+        begun = time.monotonic()
+        subprocess.run(["nbdinfo", "--size", self.uri(volume)], check=True, stdout=subprocess.DEVNULL)
+        return time.monotonic() - begun
+
+    def memory(self):
+        """Bytes of its own that are in memory."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) * 1024
+
+    def end(self, how=signal.SIGTERM):
+        self.process.send_signal(how)
+        self.process.wait(300)
+        self.folder.cleanup()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
