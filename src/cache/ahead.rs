@@ -8,10 +8,16 @@ use std::ops::Range;
 
 /// Streams that a lane follows.
 const STREAMS: usize = 8;
-/// What is fetched ahead of the second read of a stream, in sectors: 256 KiB.
+/// What is fetched ahead of the second read of a stream at least, in sectors: 256 KiB.
 const FIRST: u64 = 512;
-/// The most that is fetched ahead, in sectors: 16 MiB, four chunks.
-const MOST: u64 = 32 << 10;
+/// And so many times the length of that read.
+const FIRST_READS: u64 = 4;
+/// Windows smaller than this become four times as large each time, others twice; in sectors: 4 MiB.
+const SMALL: u64 = 8 << 10;
+/// The most that is fetched ahead, in sectors: 64 MiB, sixteen chunks.
+pub const MOST: u64 = 128 << 10;
+/// A window is filled up when half of it has been read, or so much, in sectors: 8 MiB, two chunks.
+const STEP: u64 = 16 << 10;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Stream {
@@ -35,8 +41,9 @@ pub struct Streams {
 impl Streams {
     /// A read of sectors: what to fetch ahead, in sectors, if it is one of a stream.
     ///
-    /// A window is filled up when half of it has been read, and twice as large each time, so that reads seldom wait and few requests are made.
-    pub fn read(&mut self, sectors: Range<u64>) -> Option<Range<u64>> {
+    /// A window becomes larger each time that it is filled up, until it has `most` sectors, so that reads seldom wait and few requests are
+    /// made.
+    pub fn read(&mut self, sectors: Range<u64>, most: u64) -> Option<Range<u64>> {
         self.reads += 1;
         let now = self.reads;
         let Some(s) = self.all.iter_mut().find(|s| s.used > 0 && s.next == sectors.start) else {
@@ -45,10 +52,15 @@ impl Streams {
             return None;
         };
         (s.next, s.used) = (sectors.end, now);
-        if s.window > 0 && s.ahead >= sectors.end + s.window / 2 {
+        if s.window > 0 && s.ahead >= sectors.end + s.window - (s.window / 2).min(STEP) {
             return None;
         }
-        s.window = (s.window * 2).clamp(FIRST, MOST);
+        s.window = match s.window {
+            0 => FIRST.max((sectors.end - sectors.start) * FIRST_READS),
+            small @ ..SMALL => small * 4,
+            large => large * 2,
+        }
+        .min(most);
         let from = s.ahead.max(sectors.end);
         s.ahead = sectors.end + s.window;
         Some(from..s.ahead)
@@ -62,11 +74,11 @@ mod tests {
     #[test]
     fn a_stream_is_followed_with_a_growing_window() {
         let mut s = Streams::default();
-        assert_eq!(s.read(1000..1008), None);
-        assert_eq!(s.read(1008..1016), Some(1016..1016 + FIRST));
+        assert_eq!(s.read(1000..1008, MOST), None);
+        assert_eq!(s.read(1008..1016, MOST), Some(1016..1016 + FIRST));
         let (mut at, mut ahead, mut asked) = (1016, 1016 + FIRST, Vec::new());
         while at < 500_000 {
-            if let Some(r) = s.read(at..at + 8) {
+            if let Some(r) = s.read(at..at + 8, MOST) {
                 assert_eq!(r.start, ahead.max(at + 8), "no gap, nothing twice");
                 assert!(r.end <= at + 8 + MOST);
                 ahead = r.end;
@@ -76,7 +88,7 @@ mod tests {
             assert!(ahead >= at, "it stays ahead");
         }
         assert!(asked[..4].is_sorted(), "{asked:?}");
-        assert!(asked.len() < 60, "{} requests for 250 MB", asked.len());
+        assert!(asked.len() < 50, "{} times for 250 MB", asked.len());
     }
 
     #[test]
@@ -86,11 +98,11 @@ mod tests {
         for _ in 0..10_000 {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let at = (x >> 40) * 8;
-            assert_eq!(s.read(at..at + 8), None);
+            assert_eq!(s.read(at..at + 8, MOST), None);
         }
         // The same place again and again is no stream.
         for _ in 0..10 {
-            assert_eq!(s.read(8..16), None);
+            assert_eq!(s.read(8..16, MOST), None);
         }
     }
 
@@ -101,10 +113,10 @@ mod tests {
         for n in 0..1000_u64 {
             for (i, asked) in asked.iter_mut().enumerate() {
                 let at = ((i as u64) << 30) | (n * 64);
-                *asked += u64::from(s.read(at..at + 64).is_some());
+                *asked += u64::from(s.read(at..at + 64, MOST).is_some());
             }
             let alone = ((n * 7919) << 12) | 3;
-            assert_eq!(s.read(alone..alone + 4), None);
+            assert_eq!(s.read(alone..alone + 4, MOST), None);
         }
         assert!(asked.iter().all(|n| (5..20).contains(n)), "{asked:?}");
     }
@@ -112,8 +124,10 @@ mod tests {
     #[test]
     fn one_larger_than_its_window_is_not_asked_for_what_it_has_read() {
         let mut s = Streams::default();
-        s.read(0..4096);
-        assert_eq!(s.read(4096..8192), Some(8192..8192 + FIRST));
-        assert_eq!(s.read(8192..12_288), Some(12_288..12_288 + 2 * FIRST));
+        s.read(0..4096, MOST);
+        assert_eq!(s.read(4096..8192, MOST), Some(8192..8192 + 4 * 4096));
+        // Nobody asks for more than that however large reads are.
+        assert_eq!(s.read(8192..500_000, MOST), Some(500_000..500_000 + 8 * 4096));
+        assert_eq!(s.read(500_000..600_000, 5000), Some(600_000..605_000));
     }
 }

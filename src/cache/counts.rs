@@ -22,6 +22,9 @@ pub struct CacheStatus {
     /// Bytes that were fetched before they were asked for.
     #[serde(default)]
     pub ahead_bytes: u64,
+    /// Of these, bytes that are in memory until they are read, or written to it.
+    #[serde(default)]
+    pub held_bytes: u64,
     /// Bytes that were written to it.
     pub written_bytes: u64,
     /// Pages that failed their check, or could not be read, and were forgotten.
@@ -37,6 +40,7 @@ pub(super) struct Counts {
     pub(super) misses: AtomicU64,
     pub(super) miss_bytes: AtomicU64,
     pub(super) ahead_bytes: AtomicU64,
+    pub(super) held_bytes: AtomicU64,
     pub(super) written_bytes: AtomicU64,
     pub(super) damaged: AtomicU64,
     pub(super) failed_writes: AtomicU64,
@@ -53,6 +57,7 @@ impl Counts {
             misses: of(&self.misses),
             miss_bytes: of(&self.miss_bytes),
             ahead_bytes: of(&self.ahead_bytes),
+            held_bytes: of(&self.held_bytes),
             written_bytes: of(&self.written_bytes),
             damaged: of(&self.damaged),
             failed_writes: of(&self.failed_writes),

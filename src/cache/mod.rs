@@ -2,7 +2,7 @@
 //!
 //! - [`slot`]: the file's format; [`room`]: which slots are free.
 //! - [`fetch`]: what is not here, from the store: one request for all who wait, and into the cache with it.
-//! - [`ahead`]: reads that follow one another, and what to fetch before they ask for it.
+//! - [`ahead`]: reads that follow one another, and what to fetch before they ask for it; [`held`]: what of it is in memory.
 //!
 //! Invariants:
 //! - A full, lost, damaged or mixed-up file costs speed, never data: chunks never change, a page is found by its chunk's name, and each
@@ -15,16 +15,18 @@
 pub mod ahead;
 mod counts;
 pub mod fetch;
+pub mod held;
 mod room;
 pub mod slot;
 pub mod trace;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
+use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::block_crc;
@@ -34,7 +36,7 @@ use crate::disk::file::DataFile;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::map::Location;
-use crate::units::{BLOCK, BlockNo, ChunkNo, human_bytes};
+use crate::units::{BLOCK, BlockNo, ChunkNo, SECTOR, human_bytes};
 pub use counts::CacheStatus;
 use counts::Counts;
 use room::{Room, Slot};
@@ -51,8 +53,16 @@ pub const MAX_BYTES: u64 = 1 << 44;
 const SHARDS: usize = 16;
 /// Blocks that are fetched ahead in one request: 1 MiB, so that several are on their way at once.
 const MOST_AHEAD: u16 = 256;
+/// Where so many are wanted, in blocks, several are on their way in any case: a request fetches as much of a chunk as is wanted.
+const MANY_AHEAD: u64 = (8 << 20) / BLOCK as u64;
+/// What is fetched ahead of a stream takes at most this part of the cache,
+const AHEAD_OF_CACHE: u64 = 8;
+/// and this part of the machine's memory on its way there, three quarters of which may be held when it has come.
+const AHEAD_OF_MEMORY: u64 = 64;
 /// Pages of a chunk that are written at once.
 const ADMIT_DEPTH: usize = 8;
+/// Buffers that are kept for pages to come.
+const SPARE: usize = 4 * ADMIT_DEPTH;
 /// Headers read at once when a cache is taken up again.
 const RESTORE_DEPTH: usize = 32;
 
@@ -63,6 +73,14 @@ pub struct Place {
     pub path: PathBuf,
     /// Its size.
     pub bytes: u64,
+}
+
+/// The machine's memory; where it is not told, of a small one.
+fn memory_bytes() -> u64 {
+    let of = |what| sysconf(what).ok().flatten().and_then(|n| u64::try_from(n).ok());
+    of(SysconfVar::_PHYS_PAGES)
+        .zip(of(SysconfVar::PAGE_SIZE))
+        .map_or(1 << 30, |(pages, each)| pages.saturating_mul(each))
 }
 
 /// Which page: source, chunk and number of the page in one word, as in a [`Location`].
@@ -107,7 +125,11 @@ pub struct Cache {
     /// How many slots the file had when it was opened, that [`Self::restore`] has not taken up.
     old: AtomicU32,
     slots: u32,
+    most_ahead: u64,
+    most_held: u64,
     file: Arc<DataFile>,
+    /// Buffers of a slot each, for the next that is written: fresh memory would be zeroed first.
+    spare: Mutex<Vec<IoBuf>>,
     counts: Counts,
 }
 
@@ -176,7 +198,29 @@ impl Cache {
         );
         let file = Arc::new(file);
         let (room, old) = Room::of(Arc::clone(&file), slots)?;
-        Ok(Self { pages, room, fitted: slots.into(), old: old.into(), slots, file, counts: Counts::default() })
+        let most_in_memory = (memory_bytes() / AHEAD_OF_MEMORY / SECTOR as u64).min(ahead::MOST);
+        Ok(Self {
+            pages,
+            room,
+            fitted: slots.into(),
+            old: old.into(),
+            slots,
+            most_ahead: most_in_memory.min(u64::from(slots) * SLOT_BYTES / AHEAD_OF_CACHE / SECTOR as u64),
+            most_held: most_in_memory * SECTOR as u64 / 4 * 3,
+            file,
+            spare: Mutex::default(),
+            counts: Counts::default(),
+        })
+    }
+
+    /// How far ahead of a stream of reads to fetch at most, in sectors.
+    #[must_use]
+    pub const fn most_ahead(&self) -> u64 {
+        self.most_ahead
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<IoBuf>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The file: lanes dup it.
@@ -238,12 +282,14 @@ impl Cache {
         None
     }
 
-    /// What is not here of the `blocks` blocks from `at` on, page by page, in runs of at most [`MOST_AHEAD`] blocks, counted from `at`.
-    pub fn missing(&self, at: Location, blocks: u16) -> Vec<Range<u16>> {
+    /// What is not here of the `blocks` blocks from `at` on, page by page, in runs, counted from `at`, that a request each is to fetch
+    /// when `of` blocks are wanted together.
+    pub fn missing(&self, at: Location, blocks: u16, of: u64) -> Vec<Range<u16>> {
+        let most = if of >= MANY_AHEAD { u16::MAX } else { MOST_AHEAD };
         let mut runs: Vec<Range<u16>> = Vec::new();
         for (from, n) in self.missing_parts(at, blocks) {
             match runs.last_mut() {
-                Some(run) if run.end == from && run.end - run.start + n <= MOST_AHEAD => run.end += n,
+                Some(run) if run.end == from && run.end - run.start + n <= most => run.end += n,
                 _ => runs.push(from..from + n),
             }
         }
@@ -338,11 +384,19 @@ impl Cache {
             crcs,
         };
         // One write of header and blocks; before the first block there may be a hole, whose blocks are not here.
-        let mut buf = IoBuf::zeroed((1 + at) * BLOCK + data.len());
+        let whole = self.spare().pop().unwrap_or_else(|| IoBuf::zeroed(SLOT_BYTES as usize));
+        let mut buf = whole.slice(0..(1 + at) * BLOCK + data.len());
+        buf.bytes_mut()[..(1 + at) * BLOCK].fill(0);
         buf.copy_in((1 + at) * BLOCK, data);
         told.encode_into(&mut buf.bytes_mut()[..BLOCK]);
         let bytes = buf.len() as u64;
-        match disk.writev_at(slot.at(), vec![buf], false).await {
+        let wrote = disk.writev_at(slot.at(), vec![buf], false).await;
+        let mut spare = self.spare();
+        if spare.len() < SPARE {
+            spare.push(whole);
+        }
+        drop(spare);
+        match wrote {
             Ok(()) => {
                 self.counts.written_bytes.fetch_add(bytes, Ordering::Relaxed);
                 // Another may have come meanwhile.

@@ -169,6 +169,7 @@ impl Settings {
         };
         let store_options = StoreOptions {
             create: is_default,
+            bulk: false,
             endpoint: unless_env(
                 &global.endpoint,
                 &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_HOST"],

@@ -16,6 +16,7 @@
 //! All system calls run on threads of the store's own, which stay: where memory is short, a new one might be waited for. What is read and
 //! written goes past the page cache ([`direct`]).
 
+mod bulk;
 mod direct;
 
 use std::collections::HashSet;
@@ -41,6 +42,7 @@ use super::{
 };
 use crate::checksum::sha256_hex;
 use crate::error::{Context, Error, ErrorKind, Result};
+use bulk::Bulk;
 
 const LOCK_FOLDER: &str = ".vb-locks";
 const TEMPORARY: &str = ".vb-tmp-";
@@ -72,6 +74,8 @@ struct Inner {
     synced: Mutex<HashSet<PathBuf>>,
     /// Turns for large bodies.
     large: Semaphore,
+    /// Reads go this way, if not past the page cache.
+    bulk: Option<Bulk>,
 }
 
 impl FileStore {
@@ -80,10 +84,19 @@ impl FileStore {
     /// # Errors
     /// `NotFound` when the folder is missing, `Usage` when it is something else, `Denied`, `Full`, `Io`.
     pub async fn open(root: &Path, create: bool) -> Result<Self> {
+        Self::open_for(root, create, false).await
+    }
+
+    /// The same; with `bulk`, for a process that reads much of it and serves no device.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub async fn open_for(root: &Path, create: bool, bulk: bool) -> Result<Self> {
         let store = Self(Arc::new(Inner {
             root: root.to_owned(),
             synced: Mutex::default(),
             large: Semaphore::new(LARGE_WRITES),
+            bulk: bulk.then(Bulk::default),
         }));
         store
             .blocking(move |inner| {
@@ -261,7 +274,14 @@ impl Inner {
         let file = File::open(&path).map_err(|e| self.read_error(key, e))?;
         let size = file.metadata().map_err(|e| self.read_error(key, e))?.len();
         check_size(key, size)?;
-        direct::read(&file, 0..size).map_err(|e| self.read_error(key, e))
+        self.read_part(&file, 0..size).map_err(|e| self.read_error(key, e))
+    }
+
+    fn read_part(&self, file: &File, range: Range<u64>) -> io::Result<Bytes> {
+        match &self.bulk {
+            Some(bulk) => bulk.read(file, range),
+            None => direct::read(file, range),
+        }
     }
 
     fn read_error(&self, key: &str, e: io::Error) -> Error {
@@ -289,7 +309,7 @@ impl Inner {
         if meta.len() < range.end {
             return Err(short_object(key, &range, meta.len()));
         }
-        direct::read(&file, range).map_err(|e| self.read_error(key, e))
+        self.read_part(&file, range).map_err(|e| self.read_error(key, e))
     }
 
     fn put(&self, key: &str, body: &[u8]) -> Result<()> {

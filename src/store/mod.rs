@@ -149,11 +149,13 @@ impl fmt::Debug for StaticCredentials {
     }
 }
 
-/// How to reach a store. All but `create` matter to S3 alone.
+/// How to reach a store. All but `create` and `bulk` matter to S3 alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreOptions {
     /// Make the root folder of a `file:` store when it is missing.
     pub create: bool,
+    /// This process reads much of a `file:` store and serves no device: it may wait for memory, and so read through the page cache.
+    pub bulk: bool,
     /// The server's URL, for all but AWS; makes requests path-style.
     pub endpoint: Option<String>,
     /// The region to sign for.
@@ -176,6 +178,7 @@ impl Default for StoreOptions {
     fn default() -> Self {
         Self {
             create: false,
+            bulk: false,
             endpoint: None,
             region: None,
             profile: None,
@@ -203,16 +206,23 @@ pub async fn list_folder(store: &dyn Store, folder: &str) -> Result<Vec<ObjectMe
 /// `Usage` for settings that make no sense. A bucket is first looked at when it is used.
 pub async fn open(url: &StoreUrl, opts: &StoreOptions) -> Result<Arc<dyn Store>> {
     Ok(match url {
-        StoreUrl::File { root } => Arc::new(file::FileStore::open(root, opts.create).await?),
+        StoreUrl::File { root } => Arc::new(file::FileStore::open_for(root, opts.create, opts.bulk).await?),
         StoreUrl::Memory { name } => Arc::new(memory::MemoryStore::named(name)),
         StoreUrl::S3 { bucket, prefix } => Arc::new(s3::S3Store::open(bucket, prefix, opts).await?),
     })
 }
 
-/// Has threads ready that the store will want: for a process that may not get them later.
-pub fn prepare(url: &StoreUrl) {
+/// Has threads ready that large uploads will want, with the calling thread's priority: for a process that may not get them later.
+pub fn prepare_uploads(url: &StoreUrl) {
     if let StoreUrl::S3 { .. } = url {
-        s3::prepare();
+        s3::UPLOADS.prepare();
+    }
+}
+
+/// The same for what large reads will want.
+pub fn prepare_fetches(url: &StoreUrl) {
+    if let StoreUrl::S3 { .. } = url {
+        s3::FETCHES.prepare();
     }
 }
 

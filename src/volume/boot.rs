@@ -111,7 +111,7 @@ impl Volume {
         for p in pieces.drain(..) {
             let Source::Chunk(at) = p.what else { continue };
             let blocks = (p.lba.0 % SECTORS_PER_BLOCK + u64::from(p.sectors)).div_ceil(SECTORS_PER_BLOCK) as u16;
-            for run in cache.missing(at, blocks) {
+            for run in cache.missing(at, blocks, sectors / SECTORS_PER_BLOCK) {
                 tell(at.plus(run.start), run.end - run.start);
             }
         }

@@ -1,34 +1,31 @@
 //! The threads of an attached volume: one for its background, one for the lanes' reads of chunks. Each is a
 //! tokio-uring runtime with an S3 client of its own.
 
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use futures_util::future::{Either, select};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::future::select;
 use rustix::process::{getpriority_process, setpriority_process};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use super::attach::{Attached, OpenLog, Request, Stores, attach, is_ours};
 pub use super::background::logcare::keep_log;
 use super::log_device::{check_device, device_geometry};
+use super::reads::serve_reads;
 use super::resume::resume;
 use super::salvage::accept_loss;
 use super::stale::check_log;
-use super::{Command, ReadRequest, Volume, Waiting, admin, boot, fixed};
-use crate::cache::fetch::{Fetched, Fetcher};
+use super::{Command, Volume, admin, boot, fixed};
+use crate::cache::fetch::Fetcher;
 use crate::cache::{self, Cache};
 use crate::config::FlushTo;
-use crate::disk::Disk;
 use crate::disk::file::{DataFile, sync_parent};
 use crate::disk::uring::{self, TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc;
 use crate::manifest::{Published, Writer};
-use crate::map::Location;
 use crate::store::lazy::Lazy;
 use crate::store::metrics::Metrics;
 use crate::store::retry::{Policy, Retry};
@@ -38,14 +35,6 @@ use crate::units::Nonce;
 use crate::wal::create::{SuperblockFile, geometry_for};
 use crate::wal::replay::geometry_of;
 
-/// Reads of chunks under way at once.
-const MAX_READS: usize = 64;
-/// Requests under way at once of what is fetched ahead.
-const MAX_AHEAD: usize = 16;
-/// Those that wait for their turn; what comes beyond is not fetched ahead.
-const MAX_AHEAD_WAITING: usize = 512;
-/// Fetched ranges that are being written to the cache at once, of at most 1 MiB for the most part.
-const MAX_KEEPING: usize = 16;
 /// How long the end of an attachment waits for the cache's disk.
 const CACHE_MAY_TAKE: Duration = Duration::from_secs(2);
 /// A tenth of a lane's weight where both want the same processor, all of it where nobody else does. Not less: a log
@@ -106,14 +95,14 @@ impl Host {
     /// Those of [`attach`], of the log's file, and of the store.
     pub fn attach(opts: AttachOptions) -> Result<Self> {
         admin::split_name(&opts.volume)?;
-        if let Some(place) = &opts.cache {
-            cache::check_size(place.bytes)?;
-        }
+        opts.cache.as_ref().map_or(Ok(()), |place| cache::check_size(place.bytes))?;
+        // With this thread's priority, which the background's is below.
+        store::prepare_fetches(&opts.store_url);
         let (told, answer) = oneshot::channel();
         let for_reads = opts.clone();
         let background = spawn("vb-background", move || {
             step_back();
-            store::prepare(&opts.store_url);
+            store::prepare_uploads(&opts.store_url);
             uring::run(async move {
                 match open_and_attach(&opts).await {
                     Ok(Attached { volume, mut background, reads, reader }) => {
@@ -226,84 +215,6 @@ fn step_back() {
     if let Err(e) = lower {
         tracing::debug!("lowering a background thread: {e}");
     }
-}
-
-/// Serves lanes' reads of chunks, until there are no lanes or the volume is `gone`. Nobody waits for the cache, or for what is fetched
-/// ahead: of both no more than so much is under way, and what does not fit in is left out.
-pub async fn serve_reads<D: Disk>(
-    mut requests: mpsc::Receiver<ReadRequest>,
-    fetcher: &Fetcher<D>,
-    gone: impl Future<Output = ()>,
-) {
-    let mut gone = std::pin::pin!(gone);
-    let (mut running, mut running_ahead, mut keeping) =
-        (FuturesUnordered::new(), FuturesUnordered::new(), FuturesUnordered::new());
-    let (mut ahead, mut packed, mut keeping_packed) = (VecDeque::new(), VecDeque::new(), FuturesUnordered::new());
-    loop {
-        while running_ahead.len() < MAX_AHEAD
-            && keeping.len() < MAX_KEEPING
-            && let Some((at, blocks)) = ahead.pop_front()
-        {
-            running_ahead.push(fetcher.fetch_ahead(at, blocks));
-        }
-        // One after the other: readers and writers want the disk, too.
-        if keeping_packed.is_empty()
-            && let Some((chunk, turn)) = packed.pop_front()
-        {
-            keeping_packed.push(fetcher.keep_packed(chunk, turn));
-        }
-        tokio::select! {
-            () = &mut gone => break,
-            Some(fetched) = running.next() => {
-                if let Some(fetched) = fetched && keeping.len() < MAX_KEEPING {
-                    keeping.push(fetcher.keep(fetched));
-                }
-            }
-            Some(fetched) = running_ahead.next() => keeping.extend(Option::map(fetched, |f| fetcher.keep(f))),
-            Some(()) = keeping.next() => {}
-            Some(()) = keeping_packed.next() => {}
-            request = requests.recv(), if running.len() < MAX_READS => {
-                let Some(request) = request else { break };
-                let (at, blocks, waiting) = match request {
-                    ReadRequest::Blocks { at, blocks, waiting } => (at, blocks, waiting),
-                    ReadRequest::Packed(chunk, turn) => {
-                        packed.push_back((chunk, turn));
-                        continue;
-                    }
-                };
-                if let Some(waiting) = waiting {
-                    if waiting.reply.is_closed() {
-                        continue;
-                    }
-                    running.push(serve_read(fetcher, at, blocks, waiting));
-                } else if ahead.len() < MAX_AHEAD_WAITING {
-                    ahead.push_back((at, blocks));
-                }
-            }
-        }
-    }
-    if requests.is_closed() {
-        while running.next().await.is_some() {}
-    }
-    // The buffers of a write that is not awaited are never freed.
-    while keeping.next().await.is_some() || keeping_packed.next().await.is_some() {}
-}
-
-async fn serve_read<D: Disk>(fetcher: &Fetcher<D>, at: Location, blocks: u16, waiting: Waiting) -> Option<Fetched> {
-    let Waiting { first, mut reply } = waiting;
-    let fetched = {
-        let fetch = std::pin::pin!(fetcher.fetch(at, first, blocks));
-        let gone = std::pin::pin!(reply.closed());
-        match select(fetch, gone).await {
-            Either::Left((fetched, _)) => Some(fetched),
-            // The store may never answer for this one, and others wait for the place.
-            Either::Right(_) => None,
-        }
-    };
-    let (answer, fetched) = fetched?;
-    // Who has asked may have given up just now.
-    let _ = reply.send(answer);
-    fetched
 }
 
 /// The volume's cache. Without it the volume is served all the same: it costs speed alone.

@@ -386,7 +386,7 @@ impl<D: Disk, T: Timer> VolumeLane<D, T> {
             self.within(self.volume.until_confirmed()).await?;
         }
         if let Some((cache, _)) = &self.cache {
-            let ahead = self.streams.borrow_mut().read(lba.0..lba.0 + sectors);
+            let ahead = self.streams.borrow_mut().read(lba.0..lba.0 + sectors, cache.most_ahead());
             if let Some(ahead) = ahead {
                 self.fetch_ahead(cache, ahead);
             }

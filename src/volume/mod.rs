@@ -8,6 +8,7 @@
 //! - `start`: the log made ready after replay.
 //! - `salvage`: a damaged log, ended before its damage.
 //! - [`recover`]: what the store holds beyond its last checkpoint.
+//! - [`reads`]: what lanes read of chunks, and what fills the cache.
 //! - [`background`]: packing, uploading, checkpoints, syncs, growth: one task on a store thread.
 //! - [`host`]: the threads of an attached volume; [`counts`]: what its lanes count; `status`: what is told of it.
 //! - [`admin`]: volumes that nobody attaches: create, list, info, delete.
@@ -39,6 +40,7 @@ pub mod import;
 pub mod increment;
 pub mod lane;
 mod log_device;
+pub mod reads;
 pub mod rebuild;
 pub mod recover;
 pub mod resize;

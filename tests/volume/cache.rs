@@ -19,7 +19,8 @@ use vb_ublk::map::Location;
 use vb_ublk::store::fault::{Fault, FaultStore};
 use vb_ublk::units::{BLOCK, BlockNo, ChunkNo, Lba, SECTOR};
 use vb_ublk::volume::engine::Engine;
-use vb_ublk::volume::host::{AttachOptions, Host, serve_reads};
+use vb_ublk::volume::host::{AttachOptions, Host};
+use vb_ublk::volume::reads::serve_reads;
 use vb_ublk::volume::{Command, ReadRequest, Waiting};
 
 use super::support_rng::Rng;
@@ -64,9 +65,9 @@ pub(crate) fn until_written(host: &Host) {
     let (mut before, mut quiet) = (u64::MAX, 0);
     while quiet < 4 {
         pause(Duration::from_millis(75));
-        let now = cache_of(host).written_bytes;
-        quiet = if now == before { quiet + 1 } else { 0 };
-        before = now;
+        let now = cache_of(host);
+        quiet = if now.written_bytes == before && now.held_bytes == 0 { quiet + 1 } else { 0 };
+        before = now.written_bytes;
     }
 }
 
@@ -157,6 +158,8 @@ fn a_file_that_is_damaged_cut_or_anothers_costs_reads_alone() {
         }),
     ];
     for (what, spoil) in wrong {
+        // Slots that are free still hold what the way before has done to them.
+        std::fs::remove_file(file_of(&bench)).unwrap();
         let host = attach(&bench);
         fill(&host);
         host.detach().unwrap();
@@ -203,7 +206,7 @@ fn what_rots_in_the_file_meanwhile_is_read_from_the_store() {
 }
 
 /// A volume whose mebibyte n holds n + 1, in the store.
-fn filled(size: usize) -> (Bench, Host) {
+pub(crate) fn filled(size: usize) -> (Bench, Host) {
     let bench = Bench::new(size);
     let host = attach(&bench);
     on_lane(host.volume(), async |e| {
@@ -213,45 +216,6 @@ fn filled(size: usize) -> (Bench, Host) {
     });
     let host = cold(&bench, host);
     (bench, host)
-}
-
-#[test]
-fn a_volume_larger_than_its_cache_goes_round() {
-    let size = 80 * MIB;
-    let (_bench, host) = filled(size);
-    for round in 0..2 {
-        on_lane(host.volume(), async |e| {
-            for block in (0..(size / BLOCK) as u64).step_by(32) {
-                let want = (block / 256) as u8 + 1;
-                assert!(read(&e, block, 32).await.iter().all(|b| *b == want), "block {block}, round {round}");
-            }
-        });
-        until_written(&host);
-    }
-    let seen = cache_of(&host);
-    assert!(seen.used_bytes <= seen.size_bytes && seen.used_bytes > seen.size_bytes * 3 / 4, "{seen:?}");
-    assert_eq!(seen.failed_writes, 0);
-    // What is read again and again stays beside a scan.
-    let hot = async |e: &TestLane| {
-        for block in (0..1024).step_by(16) {
-            read(e, block, 16).await;
-        }
-    };
-    for _ in 0..3 {
-        on_lane(host.volume(), async |e| hot(&e).await);
-        until_written(&host);
-    }
-    on_lane(host.volume(), async |e| {
-        for block in (4096..(size / BLOCK) as u64).step_by(16) {
-            read(&e, block, 16).await;
-        }
-    });
-    until_written(&host);
-    let before = cache_of(&host);
-    on_lane(host.volume(), async |e| hot(&e).await);
-    let after = cache_of(&host);
-    assert!(after.hits - before.hits > 32, "of 64 hot pages are left: {}", after.hits - before.hits);
-    host.detach().unwrap();
 }
 
 #[test]
@@ -269,35 +233,6 @@ fn all_who_wait_for_a_page_share_one_request() {
         assert!(join_all(all).await.concat().iter().all(|b| *b == 7));
     });
     assert_eq!(gets(&host) - before, 1, "the chunk's header was known");
-    host.detach().unwrap();
-}
-
-/// A volume read from its beginning to its end is fetched ahead in few requests; what is read here and there is not.
-#[test]
-fn reads_that_follow_one_another_are_fetched_ahead() {
-    let size = 24 * MIB;
-    let (_bench, host) = filled(size);
-    let gets = |host: &Host| host.volume().status().store_requests.get_range;
-    on_lane(host.volume(), async |e| {
-        for n in 0..100 {
-            read(&e, n * 2711 % 6000, 1).await;
-        }
-    });
-    until_written(&host);
-    assert_eq!(cache_of(&host).ahead_bytes, 0, "{:?}", cache_of(&host));
-    let before = gets(&host);
-    on_lane(host.volume(), async |e| {
-        for block in (0..(size / BLOCK) as u64).step_by(8) {
-            assert!(read(&e, block, 8).await.iter().all(|b| *b == (block / 256) as u8 + 1), "block {block}");
-        }
-    });
-    until_written(&host);
-    let (after, seen) = (gets(&host), cache_of(&host));
-    assert!(seen.ahead_bytes > 16 * MIB as u64, "{seen:?}");
-    let fetched = after.bytes_in - before.bytes_in;
-    assert!(fetched <= size as u64 + 2 * MIB as u64, "{fetched} bytes: nothing is fetched twice");
-    // What was read before lies in between, and cuts the requests.
-    assert!(after.requests - before.requests < 200, "{} requests", after.requests - before.requests);
     host.detach().unwrap();
 }
 

@@ -12,6 +12,7 @@ mod latch;
 mod lives;
 mod packed;
 mod resize;
+mod scan;
 mod snapshots;
 #[path = "../support_rng/mod.rs"]
 mod support_rng;

@@ -80,6 +80,10 @@ pub(in crate::cli) fn import(
     })
 }
 
+fn much_read(opts: &StoreOptions) -> StoreOptions {
+    StoreOptions { bulk: true, ..opts.clone() }
+}
+
 /// Writes a volume that nobody has attached to an image. `stop` ends it.
 pub(in crate::cli) fn export(
     url: &StoreUrl,
@@ -89,7 +93,7 @@ pub(in crate::cli) fn export(
     stop: impl Future<Output = ()>,
     told: &mut dyn FnMut(Exporting),
 ) -> Result<Exported> {
-    with_shared(Policy::long_run(), url, opts, async |s| {
+    with_shared(Policy::long_run(), url, &much_read(opts), async |s| {
         let done = async {
             let manifest = export::settled(&**s, name).await?;
             let base = export::Base::of(s, &manifest).await?;
@@ -118,7 +122,7 @@ pub(in crate::cli) fn export_since(
     stop: impl Future<Output = ()>,
     told: &mut dyn FnMut(Exporting),
 ) -> Result<Increment> {
-    with_shared(Policy::long_run(), url, opts, async |s| {
+    with_shared(Policy::long_run(), url, &much_read(opts), async |s| {
         let done = async {
             let pair = Pair::find(&**s, volume, since.snapshot, snapshot).await?;
             let below = since.backing.map(|(path, format)| Below::find(path, format, &target.path, pair.from_bytes()));

@@ -7,10 +7,10 @@
 //! - Connections belong to the runtime that opened them ([`http`]), so one store may be shared by many
 //!   threads with a runtime each.
 
+mod aside;
 mod config;
 mod error;
 mod http;
-mod uploads;
 
 use std::fmt;
 use std::ops::Range;
@@ -21,8 +21,8 @@ use aws_sdk_s3::Client;
 use aws_sdk_s3::primitives::ByteStream;
 use bytes::{Bytes, BytesMut};
 
+pub(super) use self::aside::{FETCHES, UPLOADS};
 use self::error::{Failure, broken_body};
-pub(super) use self::uploads::prepare;
 use super::{
     MAX_OBJECT_BYTES, ObjectMeta, Op, Precondition, Store, StoreOptions, StoreUrl, Version, check_key, check_prefix,
     check_range, check_size, short_object,
@@ -30,6 +30,7 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 
 /// See the module's page.
+#[derive(Clone)]
 pub struct S3Store {
     client: Client,
     bucket: String,
@@ -75,6 +76,60 @@ impl S3Store {
         match tokio::time::timeout(self.request_timeout, request).await {
             Ok(result) => result,
             Err(_) => Err(self.failure(op, key).timed_out(self.request_timeout)),
+        }
+    }
+
+    /// A part of an object.
+    async fn fetch(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let wanted = (range.end - range.start) as usize;
+        let request = self.client.get_object().bucket(&self.bucket).key(self.full_key(key)?).range(format!(
+            "bytes={}-{}",
+            range.start,
+            range.end - 1
+        ));
+        let out = match request.send().await {
+            Ok(out) => out,
+            Err(e) if error::status(&e) == Some(416) => {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!(
+                        "reading bytes {}..{} of {key} in {}: the object ends before them",
+                        range.start,
+                        range.end,
+                        self.url()
+                    ),
+                ));
+            }
+            Err(e) => return Err(self.failure(Op::GetRange, key).translate(e)),
+        };
+        let content_range = out.content_range;
+        let body = self.collect(Op::GetRange, key, out.body, out.content_length).await?;
+        match content_range {
+            // The server does not do ranges: this is the whole object.
+            None => {
+                if range.end > body.len() as u64 {
+                    return Err(short_object(key, &range, body.len() as u64));
+                }
+                Ok(body.slice(range.start as usize..range.end as usize))
+            }
+            Some(sent) => {
+                let expected = format!("bytes {}-{}", range.start, range.end - 1);
+                let told = sent.split('/').next().unwrap_or_default().trim();
+                if told != expected || body.len() != wanted {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "reading bytes {}..{} of {key} in {}: the server sent {} bytes as {told:?}; the object \
+                             is shorter than expected, or the server does not do ranges right",
+                            range.start,
+                            range.end,
+                            self.url(),
+                            body.len()
+                        ),
+                    ));
+                }
+                Ok(body)
+            }
         }
     }
 
@@ -150,68 +205,23 @@ impl Store for S3Store {
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         check_range(key, &range)?;
-        let wanted = (range.end - range.start) as usize;
-        let request = self.client.get_object().bucket(&self.bucket).key(self.full_key(key)?).range(format!(
-            "bytes={}-{}",
-            range.start,
-            range.end - 1
-        ));
-        self.timed(Op::GetRange, key, async {
-            let out = match request.send().await {
-                Ok(out) => out,
-                Err(e) if error::status(&e) == Some(416) => {
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        format!(
-                            "reading bytes {}..{} of {key} in {}: the object ends before them",
-                            range.start,
-                            range.end,
-                            self.url()
-                        ),
-                    ));
-                }
-                Err(e) => return Err(self.failure(Op::GetRange, key).translate(e)),
-            };
-            let content_range = out.content_range;
-            let body = self.collect(Op::GetRange, key, out.body, out.content_length).await?;
-            match content_range {
-                // The server does not do ranges: this is the whole object.
-                None => {
-                    if range.end > body.len() as u64 {
-                        return Err(short_object(key, &range, body.len() as u64));
-                    }
-                    Ok(body.slice(range.start as usize..range.end as usize))
-                }
-                Some(sent) => {
-                    let expected = format!("bytes {}-{}", range.start, range.end - 1);
-                    let told = sent.split('/').next().unwrap_or_default().trim();
-                    if told != expected || body.len() != wanted {
-                        return Err(Error::new(
-                            ErrorKind::Corrupt,
-                            format!(
-                                "reading bytes {}..{} of {key} in {}: the server sent {} bytes as {told:?}; the object \
-                                 is shorter than expected, or the server does not do ranges right",
-                                range.start,
-                                range.end,
-                                self.url(),
-                                body.len()
-                            ),
-                        ));
-                    }
-                    Ok(body)
-                }
+        let fetch = async {
+            if range.end - range.start < aside::LARGE {
+                return self.fetch(key, range).await;
             }
-        })
-        .await
+            let (this, key) = (self.clone(), key.to_owned());
+            FETCHES.run(async move { this.fetch(&key, range).await }).await?
+        };
+        self.timed(Op::GetRange, key, fetch).await
     }
 
     async fn put(&self, key: &str, body: Bytes) -> Result<()> {
         check_size(key, body.len() as u64)?;
-        let is_large = body.len() >= uploads::LARGE;
+        let is_large = body.len() as u64 >= aside::LARGE;
         let request =
             self.client.put_object().bucket(&self.bucket).key(self.full_key(key)?).body(ByteStream::from(body));
         self.timed(Op::Put, key, async {
-            let sent = if is_large { uploads::aside(request.send()).await? } else { request.send().await };
+            let sent = if is_large { UPLOADS.run(request.send()).await? } else { request.send().await };
             sent.map_err(|e| self.failure(Op::Put, key).translate(e))?;
             Ok(())
         })
