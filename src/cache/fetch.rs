@@ -64,7 +64,8 @@ impl Fetched {
     }
 
     /// Its size in bytes.
-    pub(super) const fn bytes(&self) -> u64 {
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
         (self.blocks * BLOCK) as u64
     }
 

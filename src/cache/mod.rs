@@ -57,7 +57,7 @@ const MOST_AHEAD: u16 = 256;
 const MANY_AHEAD: u64 = (8 << 20) / BLOCK as u64;
 /// What is fetched ahead of a stream takes at most this part of the cache,
 const AHEAD_OF_CACHE: u64 = 8;
-/// and this part of the machine's memory on its way there, three quarters of which may be held when it has come.
+/// and of all streams together, on its way, in memory, and on its way to the cache's disk, this part of the machine's memory.
 const AHEAD_OF_MEMORY: u64 = 64;
 /// Pages of a chunk that are written at once.
 const ADMIT_DEPTH: usize = 8;
@@ -206,7 +206,7 @@ impl Cache {
             old: old.into(),
             slots,
             most_ahead: most_in_memory.min(u64::from(slots) * SLOT_BYTES / AHEAD_OF_CACHE / SECTOR as u64),
-            most_held: most_in_memory * SECTOR as u64 / 4 * 3,
+            most_held: most_in_memory * SECTOR as u64,
             file,
             spare: Mutex::default(),
             counts: Counts::default(),

@@ -170,6 +170,7 @@ impl Settings {
         let store_options = StoreOptions {
             create: is_default,
             bulk: false,
+            fetch_aside: false,
             endpoint: unless_env(
                 &global.endpoint,
                 &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_HOST"],

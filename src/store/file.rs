@@ -14,7 +14,7 @@
 //! when a process first uses its folder a day later.
 //!
 //! All system calls run on threads of the store's own, which stay: where memory is short, a new one might be waited for. What is read and
-//! written goes past the page cache ([`direct`]).
+//! written goes past the page cache ([`direct`]), but for the reads of a process that may wait for memory ([`bulk`]).
 
 mod bulk;
 mod direct;

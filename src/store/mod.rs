@@ -156,6 +156,8 @@ pub struct StoreOptions {
     pub create: bool,
     /// This process reads much of a `file:` store and serves no device: it may wait for memory, and so read through the page cache.
     pub bulk: bool,
+    /// Somebody waits for what is read: large bodies are fetched on threads of their own, in no order with what steps back for others.
+    pub fetch_aside: bool,
     /// The server's URL, for all but AWS; makes requests path-style.
     pub endpoint: Option<String>,
     /// The region to sign for.
@@ -179,6 +181,7 @@ impl Default for StoreOptions {
         Self {
             create: false,
             bulk: false,
+            fetch_aside: false,
             endpoint: None,
             region: None,
             profile: None,

@@ -137,7 +137,8 @@ impl Host {
                 };
                 let reads = async {
                     // A client of its own: its connections live on this thread.
-                    let store = Lazy::new(for_reads.store_url, for_reads.store_options);
+                    let options = StoreOptions { fetch_aside: true, ..for_reads.store_options };
+                    let store = Lazy::new(for_reads.store_url, options);
                     let store = Arc::new(Metrics::new(Arc::new(store)));
                     served.count_store(store.clone());
                     let advice = Retry::new(store.clone(), Policy::attach());

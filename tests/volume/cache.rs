@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
@@ -28,7 +28,7 @@ use super::volume_support::{Bench, TestLane, block_on, churn, compare, drain, on
 
 const MIB: usize = 1 << 20;
 
-fn file_of(bench: &Bench) -> PathBuf {
+pub(crate) fn file_of(bench: &Bench) -> PathBuf {
     bench.dir.path().join("cache/vol.cache")
 }
 
@@ -62,8 +62,9 @@ fn until_restored(host: &Host, pages: u64) {
 
 /// Waits until nothing is being written to the cache any more.
 pub(crate) fn until_written(host: &Host) {
-    let (mut before, mut quiet) = (u64::MAX, 0);
+    let (mut before, mut quiet, begun) = (u64::MAX, 0, Instant::now());
     while quiet < 4 {
+        assert!(begun.elapsed() < Duration::from_secs(120), "{:?} after two minutes", cache_of(host));
         pause(Duration::from_millis(75));
         let now = cache_of(host);
         quiet = if now.written_bytes == before && now.held_bytes == 0 { quiet + 1 } else { 0 };

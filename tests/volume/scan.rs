@@ -1,8 +1,11 @@
 //! Reads that follow one another, beside reads that do not.
 
-use super::cache::{cache_of, filled, read, until_written};
-use super::volume_support::{TestLane, on_lane};
+use vb_ublk::cache::Place;
 use vb_ublk::units::BLOCK;
+use vb_ublk::volume::host::{AttachOptions, Host};
+
+use super::cache::{cache_of, file_of, filled, read, until_written};
+use super::volume_support::{TestLane, on_lane};
 
 const MIB: usize = 1 << 20;
 
@@ -32,6 +35,32 @@ fn reads_that_follow_one_another_are_fetched_ahead() {
     assert!(fetched <= size as u64 + 2 * MIB as u64, "{fetched} bytes: nothing is fetched twice");
     // What was read before lies in between, and cuts the requests.
     assert!(after.requests - before.requests < 200, "{} requests", after.requests - before.requests);
+    host.detach().unwrap();
+}
+
+/// With room for it, what is fetched ahead are whole chunks, each once, and it is in memory when it is asked for.
+#[test]
+fn a_long_scan_fetches_whole_chunks() {
+    let size = 96 * MIB;
+    let (bench, host) = filled(size);
+    host.detach().unwrap();
+    let path = file_of(&bench);
+    std::fs::remove_file(&path).unwrap();
+    let options = AttachOptions { cache: Some(Place { path, bytes: 1 << 30 }), ..bench.options() };
+    let host = Host::attach(options).unwrap();
+    let gets = || host.volume().status().store_requests.get_range;
+    let first = gets();
+    on_lane(host.volume(), async |e| {
+        for block in (0..(size / BLOCK) as u64).step_by(64) {
+            assert!(read(&e, block, 64).await.iter().all(|b| *b == (block / 256) as u8 + 1), "block {block}");
+        }
+    });
+    let last = gets();
+    assert!(last.bytes_in - first.bytes_in < (size + size / 8) as u64, "{first:?} {last:?}");
+    // A chunk has 4 MiB, and its header is a request of its own.
+    assert!(last.requests - first.requests < 100, "{first:?} {last:?}");
+    until_written(&host);
+    assert!(cache_of(&host).ahead_bytes > (size - 8 * MIB) as u64, "{:?}", cache_of(&host));
     host.detach().unwrap();
 }
 

@@ -81,7 +81,7 @@ pub(in crate::cli) fn import(
 }
 
 fn much_read(opts: &StoreOptions) -> StoreOptions {
-    StoreOptions { bulk: true, ..opts.clone() }
+    StoreOptions { bulk: true, fetch_aside: true, ..opts.clone() }
 }
 
 /// Writes a volume that nobody has attached to an image. `stop` ends it.

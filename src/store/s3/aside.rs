@@ -6,7 +6,7 @@
 use std::future::{Future, pending};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const STAY: Duration = Duration::from_secs(3600);
 
 /// Bodies that are sent.
 pub(in crate::store) static UPLOADS: Threads = Threads::new("vb-uploads");
-/// Bodies that are fetched: somebody may wait for these, so that they have threads of another priority.
+/// Bodies that are fetched for somebody who may wait for them, so that they have threads of another priority.
 pub(in crate::store) static FETCHES: Threads = Threads::new("vb-fetches");
 
 /// Ends a transfer when it is dropped.
@@ -86,13 +86,21 @@ impl Threads {
     }
 
     fn start(&self) -> io::Result<Handle> {
-        let mut runtime = Builder::new_current_thread();
-        runtime.enable_all().max_blocking_threads(LOOKUPS).thread_stack_size(STACK).thread_keep_alive(STAY);
-        let runtime = runtime.build()?;
-        let handle = runtime.handle().clone();
-        let run = move || runtime.block_on(pending::<()>());
+        let (told, made) = mpsc::channel();
+        // Made there: a runtime must not be dropped where another one runs, as it would be here if there were no thread to be had.
+        let run = move || {
+            let mut runtime = Builder::new_current_thread();
+            runtime.enable_all().max_blocking_threads(LOOKUPS).thread_stack_size(STACK).thread_keep_alive(STAY);
+            match runtime.build() {
+                Ok(runtime) => {
+                    let _ = told.send(Ok(runtime.handle().clone()));
+                    runtime.block_on(pending::<()>());
+                }
+                Err(e) => drop(told.send(Err(e))),
+            }
+        };
         std::thread::Builder::new().name(self.name.to_owned()).stack_size(STACK).spawn(run)?;
-        Ok(handle)
+        made.recv().map_err(io::Error::other)?
     }
 }
 

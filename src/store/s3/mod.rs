@@ -39,6 +39,8 @@ pub struct S3Store {
     /// Where requests go, for messages.
     endpoint: String,
     request_timeout: Duration,
+    /// Large bodies are fetched on threads of their own.
+    fetch_aside: bool,
 }
 
 impl fmt::Debug for S3Store {
@@ -55,7 +57,8 @@ impl S3Store {
     pub async fn open(bucket: &str, prefix: &str, opts: &StoreOptions) -> Result<Self> {
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         let (client, endpoint) = config::client(opts).await?;
-        Ok(Self { client, bucket: bucket.to_owned(), prefix, endpoint, request_timeout: opts.request_timeout })
+        let (request_timeout, fetch_aside) = (opts.request_timeout, opts.fetch_aside);
+        Ok(Self { client, bucket: bucket.to_owned(), prefix, endpoint, request_timeout, fetch_aside })
     }
 
     fn full_key(&self, key: &str) -> Result<String> {
@@ -206,7 +209,7 @@ impl Store for S3Store {
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         check_range(key, &range)?;
         let fetch = async {
-            if range.end - range.start < aside::LARGE {
+            if !self.fetch_aside || range.end - range.start < aside::LARGE {
                 return self.fetch(key, range).await;
             }
             let (this, key) = (self.clone(), key.to_owned());
