@@ -95,7 +95,9 @@ impl Host {
     /// Those of [`attach`], of the log's file, and of the store.
     pub fn attach(opts: AttachOptions) -> Result<Self> {
         admin::split_name(&opts.volume)?;
-        opts.cache.as_ref().map_or(Ok(()), |place| cache::check_size(place.bytes))?;
+        if let Some(place) = &opts.cache {
+            cache::check_size(place.bytes)?;
+        }
         // With this thread's priority, which the background's is below.
         store::prepare_fetches(&opts.store_url);
         let (told, answer) = oneshot::channel();

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -37,7 +37,7 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let mut free = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.home.free();
         if self.buf.len() == BUFFER && free.len() < KEPT {
             free.push(self.buf.clone());
         }
@@ -45,6 +45,10 @@ impl Drop for Lent {
 }
 
 impl Bulk {
+    fn free(&self) -> MutexGuard<'_, Vec<IoBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads a part of a file.
     ///
     /// # Errors
@@ -52,7 +56,7 @@ impl Bulk {
     pub(super) fn read(&self, file: &File, range: Range<u64>) -> io::Result<Bytes> {
         let len = (range.end - range.start) as usize;
         let size = if (SMALL..=BUFFER).contains(&len) { BUFFER } else { len };
-        let kept = if size == BUFFER { self.0.lock().unwrap_or_else(PoisonError::into_inner).pop() } else { None };
+        let kept = if size == BUFFER { self.free().pop() } else { None };
         let mut lent = Lent { buf: kept.unwrap_or_else(|| IoBuf::zeroed(size)), len, home: self.clone() };
         file.read_exact_at(&mut lent.buf.bytes_mut()[..len], range.start)?;
         Ok(Bytes::from_owner(lent))
@@ -77,14 +81,14 @@ mod tests {
             assert_eq!(bytes[..], all[*from..from + bytes.len()]);
         }
         drop(held);
-        assert_eq!(bulk.0.lock().expect("lock").len(), 20);
+        assert_eq!(bulk.free().len(), 20);
         for (from, len) in [(0, 1 << 20), (1, (1 << 20) + 1), (7, 0), (5, 10), (1 << 20, 2 << 20), (77, SMALL)] {
             assert_eq!(read(from, len)[..], all[from..from + len], "{len} bytes at {from}");
         }
-        assert_eq!(bulk.0.lock().expect("lock").len(), 20, "those of other sizes are not kept");
+        assert_eq!(bulk.free().len(), 20, "those of other sizes are not kept");
         let e = bulk.read(&file, 3 << 20..(3 << 20) + 1).expect_err("too long");
         assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
         assert!((0..KEPT + 50).map(|_| read(0, SMALL)).collect::<Vec<_>>().iter().all(|b| b[..] == all[..SMALL]));
-        assert_eq!(bulk.0.lock().expect("lock").len(), KEPT);
+        assert_eq!(bulk.free().len(), KEPT);
     }
 }
