@@ -3,7 +3,7 @@
 //! Fresh memory has to be found, zeroed and mapped by the kernel a page at a time, which costs more than to pack into it.
 //!
 //! Invariant: a buffer is free, or in one body: it comes back when the last of the body's holders has gone, on
-//! whatever thread that is. A body from the pool has whatever an earlier one left in it.
+//! whatever thread that is; one that a read may still be filling does not. A body from the pool has whatever an earlier one left in it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -95,6 +95,10 @@ impl AsRef<[u8]> for Body {
 impl Drop for Body {
     fn drop(&mut self) {
         if let Some((buf, pool)) = self.home.take() {
+            // Both of ours; any other is that of a read that nobody waited for.
+            if buf.holders() > 2 {
+                return;
+            }
             let mut free = pool.free();
             if free.len() < pool.kept {
                 free.push(buf);
@@ -119,6 +123,15 @@ mod tests {
         assert!(pool.free().is_empty() && part.iter().all(|b| *b == 7));
         std::thread::spawn(move || drop(part)).join().expect("joined");
         assert_eq!(pool.take(FULL).buf.as_ptr(), at, "the same again");
+    }
+
+    #[test]
+    fn what_is_still_being_filled_is_not_used_again() {
+        let pool = Bodies::default();
+        let body = pool.take(FULL);
+        let filled = body.buf.slice(4096..8192);
+        drop(body);
+        assert!(pool.free().is_empty() && filled.len() == 4096);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
 use super::bodies::{Bodies, Body};
@@ -102,8 +102,8 @@ pub struct Sources<'a, D: Disk> {
     pub reader: &'a ChunkReader,
     /// Memory for new chunks.
     pub bodies: &'a Bodies,
-    /// Reads of the log at once, of up to 128 KiB each.
-    pub log_reads: usize,
+    /// How many reads of the log there may be at once, of up to 128 KiB each; asked before each.
+    pub log_reads: &'a dyn Fn() -> usize,
     /// Groups built and not yet applied, oldest first.
     pub pending: Vec<Rc<Vec<BuiltChunk>>>,
     /// Chunks that could not be read for a base.
@@ -360,33 +360,41 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
     let free: RefCell<Vec<IoBuf>> = RefCell::default();
     let (build, unproven) = (src.suspects.builds.get(), Cell::new(None));
     let (free, unproven) = (&free, &unproven);
-    let mut done = stream::iter(reads)
-        .map(|(start, end, list)| async move {
-            let whole = free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK));
-            let buf = whole.slice(0..(end - start) as usize * BLOCK);
+    let read = |drafts: &[Draft], (start, end, list): (u32, u32, Vec<Want>)| {
+        let buf = match &list[..] {
+            // Whole blocks of one chunk, which lie there as they do here.
+            [w] if w.part.is_none() => room_of(&drafts[w.chunk], w),
+            _ => free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK)),
+        };
+        async move {
             let at = u64::from(start) * BLOCK as u64;
             // What cannot be read fits no checksum.
-            let bad = read_legible(src.disk, at, &buf).await;
+            let bad = read_legible(src.disk, at, &buf.slice(0..(end - start) as usize * BLOCK)).await;
             let bad = bad.map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
             for byte in bad {
                 if !src.suspects.is_damaged(Suspect::Log((byte / BLOCK as u64) as u32), build) {
                     unproven.set(Some(byte));
                 }
             }
-            Ok::<_, Error>((start, whole, list))
-        })
-        .buffer_unordered(src.log_reads);
-    while let Some((start, whole, list)) = done.try_next().await? {
-        for w in list {
+            Ok::<_, Error>((start, buf, list))
+        }
+    };
+    let (mut reads, mut under_way) = (reads.into_iter(), FuturesUnordered::new());
+    loop {
+        let more = (src.log_reads)().saturating_sub(under_way.len());
+        under_way.extend(reads.by_ref().take(more).map(|r| read(drafts, r)));
+        let Some((start, buf, list)) = under_way.try_next().await? else { break };
+        for w in &list {
+            let draft = &mut drafts[w.chunk];
             for i in 0..w.blocks {
                 let file_block = w.file_block + i;
                 let from = (file_block - start) as usize * BLOCK;
-                let data = &whole.bytes()[from..from + BLOCK];
-                let crc = src.log.crc(file_block);
-                place(&mut drafts[w.chunk], &w, i, data, crc);
+                place(draft, w, i, &buf.bytes()[from..from + BLOCK], src.log.crc(file_block));
             }
         }
-        free.borrow_mut().push(whole);
+        if !matches!(&list[..], [w] if w.part.is_none()) {
+            free.borrow_mut().push(buf);
+        }
     }
     match unproven.get() {
         None => Ok(()),
@@ -398,6 +406,13 @@ async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants:
     }
 }
 
+/// Where whole blocks go.
+fn room_of(d: &Draft, w: &Want) -> IoBuf {
+    let at = HEADER_ROOM + usize::from(w.index) * BLOCK;
+    d.body.buf.slice(at..at + w.blocks as usize * BLOCK)
+}
+
+/// Checks a block of the log and puts it where it belongs, unless it was read to there.
 fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
     let index = usize::from(w.index) + i as usize;
     let block = BlockNo(w.block.0 + u64::from(i));
@@ -411,7 +426,10 @@ fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
     let at = HEADER_ROOM + index * BLOCK;
     let (from, to) = w.part.unwrap_or((0, SECTORS_PER_BLOCK as u8));
     let range = usize::from(from) * SECTOR..usize::from(to) * SECTOR;
-    d.body.buf.copy_in(at + range.start, &data[range]);
+    let room = &d.body.buf.bytes()[at..at + BLOCK];
+    if !std::ptr::eq(room, data) {
+        d.body.buf.copy_in(at + range.start, &data[range]);
+    }
     let b = &mut d.blocks[index];
     if w.part.is_none() {
         b.1 = crc;

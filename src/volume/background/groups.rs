@@ -31,10 +31,6 @@ const GROUP_ENTRIES: usize = 32 << 10;
 const GROUP_AGE: Duration = Duration::from_secs(5);
 /// One that is built, and two on their way: so that the uploads do not wait for the next group.
 const MAX_GROUPS: usize = 3;
-/// Reads of the log at once while it has room for all that comes: writers wait behind each.
-const CALM_LOG_READS: usize = 2;
-/// The same once it fills up, when writers wait for the uploads instead.
-const URGENT_LOG_READS: usize = 8;
 const MAX_UPLOADS: usize = 16;
 /// Share of the newest group in the uploads' pace.
 const PACE_WEIGHT: f64 = 0.3;
@@ -101,17 +97,19 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.cut = ticket.through;
         self.next_group = ticket.group.next();
         self.uncut_since = None;
-        self.build(ticket, entries, if fill > throttle::START { URGENT_LOG_READS } else { CALM_LOG_READS });
+        self.build(ticket, entries, fill > throttle::START);
     }
 
-    fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, log_reads: usize) {
+    fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, is_urgent: bool) {
         let pending: Vec<Rc<Vec<BuiltChunk>>> = self.cut_groups().filter_map(|g| g.chunks.clone()).collect();
         let (volume, disk, reader, timer) =
             (self.volume.clone(), self.disk.clone(), self.reader.clone(), self.timer.clone());
-        let (bodies, suspects) = (self.bodies.clone(), Rc::clone(&self.suspects));
+        let (bodies, suspects, log_reads) =
+            (self.bodies.clone(), Rc::clone(&self.suspects), Rc::clone(&self.log_reads));
         self.spawn(async move {
             let mut backoff = Backoff::new();
             let (log, maps) = (&volume.log, &volume.maps);
+            let log_reads = &|| log_reads.at_once(timer.now(), &volume.counts.sum(), is_urgent);
             let sources = Sources {
                 log,
                 disk: &disk,

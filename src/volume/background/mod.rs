@@ -16,6 +16,7 @@ pub(super) mod checkpoint;
 mod gc;
 mod groups;
 pub(super) mod logcare;
+mod logreads;
 mod memory;
 mod orders;
 mod patience;
@@ -33,6 +34,7 @@ use tokio::sync::mpsc;
 
 use barrier::Barriers;
 use gc::{Flatten, Gc, GcDone};
+use logreads::LogReads;
 use memory::{Memory, RESERVED_BODIES};
 use orders::{Reply, SnapshotOrder, lost};
 use patience::no_trouble;
@@ -172,6 +174,7 @@ pub struct Background<D: Disk, T: Timer> {
     uploading: usize,
     bodies: Bodies,
     suspects: Rc<Suspects>,
+    log_reads: Rc<LogReads>,
     memory: Memory,
     /// The last entry that some group holds.
     cut: Seq,
@@ -263,6 +266,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             uploading: 0,
             bodies: Bodies::default(),
             suspects: Rc::default(),
+            log_reads: Rc::default(),
             memory: Memory::plenty(),
             cut: Seq(0),
             uncut_since: None,
