@@ -1,10 +1,12 @@
 //! The other side of benchmarks over S3: a server in memory that is as slow as one wants, and the bare SDK in a loop.
 //!
-//! `s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES]`: on a free port of 127.0.0.1, which it prints. Every answer comes
-//! N ms late; what is put takes its time at so many bytes per second, all requests together. Of chunks only their first bytes are kept, if
-//! that is said: the others read as zeros, so that a volume may be larger than the memory. It knows one bucket, and what vb-ublk and those that it is
-//! measured against ask for: PUT with If-Match and If-None-Match, GET with a range, HEAD, DELETE, multipart uploads, lists of both
-//! versions. What it does not know it names on standard error. Signatures are not looked at. Ends when its standard input does.
+//! `s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES] [--room BYTES]`: on a free port of 127.0.0.1, which it prints. Every
+//! answer comes N ms late; what is put takes its time at so many bytes per second, all requests together. Of chunks only their first bytes
+//! are kept, if that is said: the others read as zeros, so that a volume may be larger than the memory. So many bytes of memory are there
+//! for large objects from the start: what is put takes as long, whether it is new or in the place of something. It knows one bucket, and what
+//! vb-ublk and those that it is measured against ask for: PUT with If-Match and If-None-Match, GET with a range, HEAD, DELETE, multipart
+//! uploads, lists of both versions. While there is an object `hold`, chunks that are put wait, and are not even read. What it does not know it
+//! names on standard error. Signatures are not looked at. Ends when its standard input does.
 //!
 //! `s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]`: so many requests of the bare SDK, so many in flight; prints
 //! bytes per second. `get` reads what `put` has put.
@@ -15,7 +17,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 const BUCKET: &str = "bench";
 
@@ -59,9 +62,58 @@ impl Body for Whole {
     }
 }
 
+/// The size of the memory of large objects: a chunk of ours, and somewhat more.
+const LARGE: usize = (4 << 20) + (64 << 10);
+
+/// Memory for large objects, touched once: fresh memory of a virtual machine costs more than all the rest of a request.
+#[derive(Default)]
+struct Room(Mutex<Vec<Vec<u8>>>);
+
+impl Room {
+    fn of(bytes: usize) -> Self {
+        Self(Mutex::new((0..bytes.div_ceil(LARGE)).map(|_| vec![1; LARGE]).collect()))
+    }
+
+    fn free(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a body of so many bytes, as far as that is known.
+    fn take(self: &Arc<Self>, len: usize) -> Taken {
+        let large = (LARGE / 2..=LARGE).contains(&len);
+        let mut content = if large { self.free().pop().unwrap_or_default() } else { Vec::new() };
+        content.clear();
+        content.reserve(if large { LARGE } else { len.min(LARGE) });
+        Taken { content, home: large.then(|| Arc::clone(self)) }
+    }
+}
+
+/// Memory that comes back.
+struct Taken {
+    content: Vec<u8>,
+    home: Option<Arc<Room>>,
+}
+
+impl AsRef<[u8]> for Taken {
+    fn as_ref(&self) -> &[u8] {
+        &self.content
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(room) = &self.home {
+            room.free().push(std::mem::take(&mut self.content));
+        }
+    }
+}
+
 struct Server {
     latency: Duration,
     upload_rate: Option<f64>,
+    room: Arc<Room>,
+    /// Chunks wait.
+    hold: watch::Sender<bool>,
     state: Mutex<State>,
 }
 
@@ -143,11 +195,15 @@ fn unescape(s: &str) -> String {
 impl Server {
     async fn serve(&self, request: Request<Incoming>) -> Response<Whole> {
         let (parts, mut body) = request.into_parts();
-        let mut content = Vec::new();
+        if parts.method == Method::PUT && parts.uri.path().contains("/chunks/") {
+            let _ = self.hold.subscribe().wait_for(|hold| !hold).await;
+        }
+        let mut taken = self.room.take(body.size_hint().lower() as usize);
         while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
             let Ok(frame) = frame else { return refuse(StatusCode::BAD_REQUEST, "IncompleteBody") };
-            content.extend_from_slice(frame.data_ref().map_or(&[], |d| d));
+            taken.content.extend_from_slice(frame.data_ref().map_or(&[], |d| d));
         }
+        let content = Bytes::from_owner(taken);
         tokio::time::sleep(self.latency + self.turn(content.len())).await;
         let path = unescape(parts.uri.path());
         let Some(key) = path.strip_prefix(&format!("/{BUCKET}")).map(|k| k.trim_start_matches('/').to_owned()) else {
@@ -155,6 +211,9 @@ impl Server {
         };
         let header = |name| parts.headers.get(name).and_then(|v| v.to_str().ok());
         let query = parts.uri.query().unwrap_or_default();
+        if key == "hold" {
+            self.hold.send_replace(parts.method == Method::PUT);
+        }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(answer) = state.multipart(&parts.method, &key, query, &content) {
             return answer;
@@ -190,7 +249,7 @@ impl Server {
                 if !fits {
                     return refuse(StatusCode::PRECONDITION_FAILED, "PreconditionFailed");
                 }
-                with_etag(answer(StatusCode::OK, ""), state.keep(key, content.into()))
+                with_etag(answer(StatusCode::OK, ""), state.keep(key, content))
             }
             Method::DELETE => {
                 state.objects.remove(&key);
@@ -288,10 +347,12 @@ fn list(state: &State, query: &str) -> Response<Whole> {
     answer(StatusCode::OK, out + "</ListBucketResult>")
 }
 
-async fn serve(latency: Duration, upload_rate: Option<f64>, chunks_keep: usize) -> std::io::Result<()> {
+async fn serve(latency: Duration, upload_rate: Option<f64>, chunks_keep: usize, room: usize) -> std::io::Result<()> {
     let state =
         State { objects: BTreeMap::new(), chunks_keep, etag: 0, parts: BTreeMap::new(), busy_until: Instant::now() };
-    let server = Arc::new(Server { latency, upload_rate, state: Mutex::new(state) });
+    let room = Arc::new(Room::of(room));
+    let server =
+        Arc::new(Server { latency, upload_rate, room, hold: watch::Sender::new(false), state: Mutex::new(state) });
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     println!("http://{}", listener.local_addr()?);
     let accept = async {
@@ -381,10 +442,10 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<(), Box<dyn std::error::Error>> {
-    const USAGE: &str = "usage: s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES] | s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]";
+    const USAGE: &str = "usage: s3 serve [--latency-ms N] [--upload-rate BYTES] [--chunks-keep BYTES] [--room BYTES] | s3 put|get --endpoint URL [--objects N] [--size BYTES] [--parallel N]";
     let mut args = std::env::args().skip(1);
     let what = args.next().ok_or(USAGE)?;
-    let (mut latency, mut rate, mut keep, mut endpoint) = (0, None, usize::MAX, String::new());
+    let (mut latency, mut rate, mut keep, mut room, mut endpoint) = (0, None, usize::MAX, 0, String::new());
     let (mut objects, mut size, mut parallel) = (256, 4 << 20, 16);
     while let Some(name) = args.next() {
         let value = args.next().ok_or(USAGE)?;
@@ -392,6 +453,7 @@ fn start() -> Result<(), Box<dyn std::error::Error>> {
             "--latency-ms" => latency = value.parse()?,
             "--upload-rate" => rate = Some(value.parse()?),
             "--chunks-keep" => keep = value.parse()?,
+            "--room" => room = value.parse()?,
             "--endpoint" => endpoint = value,
             "--objects" => objects = value.parse()?,
             "--size" => size = value.parse()?,
@@ -401,7 +463,7 @@ fn start() -> Result<(), Box<dyn std::error::Error>> {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match what.as_str() {
-        "serve" => Ok(runtime.block_on(serve(Duration::from_millis(latency), rate, keep))?),
+        "serve" => Ok(runtime.block_on(serve(Duration::from_millis(latency), rate, keep, room))?),
         "put" | "get" => {
             let rate = runtime.block_on(run(&Loop { put: what == "put", endpoint, objects, size, parallel }))?;
             println!("{rate:.0}");

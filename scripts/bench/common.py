@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
@@ -65,11 +66,12 @@ def environment(work):
 
 
 class Server:
-    """examples/s3: an S3 server in memory, on loopback."""
+    """examples/s3: an S3 server in memory, on loopback. `room`: bytes of memory that are there from the start, so that none of what is put
+    has to wait for fresh memory, which takes a virtual machine longer than all the rest of it."""
 
-    def __init__(self, work, *options):
+    def __init__(self, work, *options, room=0):
         self.work = work
-        self.process = subprocess.Popen([S3, "serve", *map(str, options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([S3, "serve", "--room", str(room), *map(str, options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.endpoint = self.process.stdout.readline().strip()
 
     def __enter__(self):
@@ -83,6 +85,11 @@ class Server:
         """Bytes per second of the bare SDK, 16 requests in flight."""
         ran = subprocess.run([S3, what, "--endpoint", self.endpoint], check=True, capture_output=True, text=True)
         return float(ran.stdout)
+
+    def hold(self, hold):
+        """Chunks that are put wait from now on, or do not any more."""
+        request = urllib.request.Request(f"{self.endpoint}/bench/hold", method="PUT" if hold else "DELETE")
+        urllib.request.urlopen(request).close()
 
     def until_idle(self, seconds=60):
         """Until it has had nothing to do for two seconds, or so long at most."""
