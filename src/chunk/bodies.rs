@@ -5,6 +5,7 @@
 //! Invariant: a buffer is free, or in one body: it comes back when the last of the body's holders has gone, on
 //! whatever thread that is; one that a read may still be filling does not. A body from the pool has whatever an earlier one left in it.
 
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -99,6 +100,8 @@ impl Drop for Body {
             if buf.holders() > 2 {
                 return;
             }
+            // Who had one has done with the bytes.
+            fence(Ordering::Acquire);
             let mut free = pool.free();
             if free.len() < pool.kept {
                 free.push(buf);

@@ -3,13 +3,15 @@
 //! Invariant: a chunk's bytes depend only on the entries of its group, on the pending groups before it and on the
 //! base below them; never on anything newer.
 
+mod from_log;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
 use super::bodies::{Bodies, Body};
@@ -17,17 +19,13 @@ use super::header::{self, ChunkExtent, ChunkHeader, ExtentKind, HEADER_ROOM, MAX
 use super::plan::{ChunkPlan, Item, MixedPart, covers_block, plan, split};
 use super::reader::ChunkReader;
 use crate::checksum::block_crc;
-use crate::disk::{Disk, IoBuf};
+use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{BaseState, GroupExtent, Location, Maps};
-use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Nonce, SECTOR, SECTORS_PER_BLOCK, Seq};
-use crate::wal::legible::read_legible;
+use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, Nonce, SECTOR, Seq};
 use crate::wal::log::{Log, LogEntry};
+use from_log::{Want, lay_log};
 
-/// Reads of the log are joined over gaps of up to this many blocks…
-const JOIN_GAP: u32 = 4;
-/// …up to this many blocks. Writers wait behind these reads in the disk's queue: with 8 MiB in flight, for milliseconds.
-const JOIN_MAX: u32 = 32;
 const PARALLEL_BASE_READS: usize = 16;
 /// Plans that leave room in the header for damaged blocks, which split extents and need masks.
 const ROOMY: (u16, usize) = (200, 200);
@@ -188,17 +186,6 @@ struct Draft {
     blocks: Vec<(BlockNo, u32, u8)>,
 }
 
-#[derive(Clone, Copy)]
-struct Want {
-    file_block: u32,
-    blocks: u32,
-    chunk: usize,
-    index: u16,
-    block: BlockNo,
-    /// For a part of a block.
-    part: Option<(u8, u8)>,
-}
-
 async fn fill<D: Disk>(src: &Sources<'_, D>, ticket: &GroupTicket, plans: Vec<ChunkPlan>) -> Result<Vec<BuiltChunk>> {
     let mut drafts: Vec<Draft> = Vec::with_capacity(plans.len());
     let mut wants = Vec::new();
@@ -325,119 +312,6 @@ async fn base_of<D: Disk>(src: &Sources<'_, D>, block: BlockNo, look: &Look) -> 
             // Garbage collection may have put it elsewhere.
             Err(e) if e.kind() == ErrorKind::NotFound && tried != Some(at) => tried = Some(at),
             Err(e) => return Err(e),
-        }
-    }
-}
-
-/// Reads what the drafts want from the log, in log order and in large pieces, checking each block.
-async fn lay_log<D: Disk>(src: &Sources<'_, D>, drafts: &mut [Draft], mut wants: Vec<Want>) -> Result<()> {
-    wants.sort_unstable_by_key(|w| w.file_block);
-    let mut reads: Vec<(u32, u32, Vec<Want>)> = Vec::new();
-    for w in wants {
-        // A run longer than one read is cut; its tail keeps its place in the order.
-        let mut w = w;
-        loop {
-            let now = w.blocks.min(JOIN_MAX);
-            let piece = Want { blocks: now, ..w };
-            match reads.last_mut() {
-                Some((start, end, list))
-                    if piece.file_block <= *end + JOIN_GAP && piece.file_block + now - *start <= JOIN_MAX =>
-                {
-                    *end = (*end).max(piece.file_block + now);
-                    list.push(piece);
-                }
-                _ => reads.push((piece.file_block, piece.file_block + now, vec![piece])),
-            }
-            if now == w.blocks {
-                break;
-            }
-            w.file_block += now;
-            w.index += now as u16;
-            w.block.0 += u64::from(now);
-            w.blocks -= now;
-        }
-    }
-    let free: RefCell<Vec<IoBuf>> = RefCell::default();
-    let (build, unproven) = (src.suspects.builds.get(), Cell::new(None));
-    let (free, unproven) = (&free, &unproven);
-    let read = |drafts: &[Draft], (start, end, list): (u32, u32, Vec<Want>)| {
-        let buf = match &list[..] {
-            // Whole blocks of one chunk, which lie there as they do here.
-            [w] if w.part.is_none() => room_of(&drafts[w.chunk], w),
-            _ => free.borrow_mut().pop().unwrap_or_else(|| IoBuf::zeroed(JOIN_MAX as usize * BLOCK)),
-        };
-        async move {
-            let at = u64::from(start) * BLOCK as u64;
-            // What cannot be read fits no checksum.
-            let bad = read_legible(src.disk, at, &buf.slice(0..(end - start) as usize * BLOCK)).await;
-            let bad = bad.map_err(|e| Error::io(format!("reading the log at byte {at} to pack it"), e))?;
-            for byte in bad {
-                if !src.suspects.is_damaged(Suspect::Log((byte / BLOCK as u64) as u32), build) {
-                    unproven.set(Some(byte));
-                }
-            }
-            Ok::<_, Error>((start, buf, list))
-        }
-    };
-    let (mut reads, mut under_way) = (reads.into_iter(), FuturesUnordered::new());
-    loop {
-        let more = (src.log_reads)().saturating_sub(under_way.len());
-        under_way.extend(reads.by_ref().take(more).map(|r| read(drafts, r)));
-        let Some((start, buf, list)) = under_way.try_next().await? else { break };
-        for w in &list {
-            let draft = &mut drafts[w.chunk];
-            for i in 0..w.blocks {
-                let file_block = w.file_block + i;
-                let from = (file_block - start) as usize * BLOCK;
-                place(draft, w, i, &buf.bytes()[from..from + BLOCK], src.log.crc(file_block));
-            }
-        }
-        if !matches!(&list[..], [w] if w.part.is_none()) {
-            free.borrow_mut().push(buf);
-        }
-    }
-    match unproven.get() {
-        None => Ok(()),
-        Some(byte) => {
-            let what =
-                format!("the log's disk cannot read byte {byte} of the log, which is to be packed; it is read again");
-            Err(Error::new(ErrorKind::Io, what))
-        }
-    }
-}
-
-/// Where whole blocks go.
-fn room_of(d: &Draft, w: &Want) -> IoBuf {
-    let at = HEADER_ROOM + usize::from(w.index) * BLOCK;
-    d.body.buf.slice(at..at + w.blocks as usize * BLOCK)
-}
-
-/// Checks a block of the log and puts it where it belongs, unless it was read to there.
-fn place(d: &mut Draft, w: &Want, i: u32, data: &[u8], crc: u32) {
-    let index = usize::from(w.index) + i as usize;
-    let block = BlockNo(w.block.0 + u64::from(i));
-    let good = block_crc(block, data) == crc;
-    if !good {
-        tracing::error!(
-            "the log's copy of block {block} (byte {} of the log) fails its check, or cannot be read: packed as damaged",
-            u64::from(w.file_block + i) * BLOCK as u64
-        );
-    }
-    let at = HEADER_ROOM + index * BLOCK;
-    let (from, to) = w.part.unwrap_or((0, SECTORS_PER_BLOCK as u8));
-    let range = usize::from(from) * SECTOR..usize::from(to) * SECTOR;
-    let room = &d.body.buf.bytes()[at..at + BLOCK];
-    if !std::ptr::eq(room, data) {
-        d.body.buf.copy_in(at + range.start, &data[range]);
-    }
-    let b = &mut d.blocks[index];
-    if w.part.is_none() {
-        b.1 = crc;
-    }
-    if !good {
-        b.2 &= !sector_mask(from, to);
-        if w.part.is_none() {
-            b.1 = block_crc(block, data);
         }
     }
 }

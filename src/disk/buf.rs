@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 
 /// Alignment of owned buffers: a page, enough for O_DIRECT on any device.
 pub const ALIGN: usize = 4096;
@@ -44,24 +44,38 @@ struct Mem {
 }
 
 impl Mem {
-    fn zeroed(len: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(1), ALIGN).expect("a buffer's size fits the address space");
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.max(1), ALIGN).expect("a buffer's size fits the address space")
+    }
+
+    /// `None`: the system has no memory to give.
+    fn zeroed(len: usize) -> Option<Self> {
+        let layout = Self::layout(len);
         if let Some(size) = NonZeroUsize::new(len).filter(|n| n.get() >= MAPPED) {
-            // SAFETY: a new anonymous mapping, at an address of the kernel's choice, overlaps nothing.
-            let map = unsafe {
-                mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
-            };
-            let Ok(ptr) = map else { handle_alloc_error(layout) };
-            // It is used whole, and a page fault for each 4 KiB costs more than filling them. A kernel that has no such pages says so.
-            // SAFETY: the mapping is ours, and what it reads as stays the same.
-            let _ = unsafe { madvise(ptr, size.get(), MmapAdvise::MADV_HUGEPAGE) };
-            return Self { ptr: ptr.cast(), layout };
+            return map(size).map(|ptr| Self { ptr, layout });
         }
         // SAFETY: the layout's size is not zero.
         let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Self { ptr, layout }
+        NonNull::new(raw).map(|ptr| Self { ptr, layout })
     }
+}
+
+/// A mapping of its own. It is used whole, and a page fault for each 4 KiB costs more than filling them, so it asks for huge pages; before
+/// it may be accessed, since in a process whose memory is locked it is there from then on. A kernel that has no such pages says so.
+fn map(size: NonZeroUsize) -> Option<NonNull<u8>> {
+    // SAFETY: a new anonymous mapping, at an address of the kernel's choice, overlaps nothing.
+    let ptr = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }.ok()?;
+    // SAFETY: the mapping is ours, and nobody has seen it yet.
+    let given = unsafe {
+        let _ = madvise(ptr, size.get(), MmapAdvise::MADV_HUGEPAGE);
+        mprotect(ptr, size.get(), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+    };
+    if given.is_err() {
+        // SAFETY: as above, and nobody ever will.
+        let _ = unsafe { munmap(ptr, size.get()) };
+        return None;
+    }
+    Some(ptr.cast())
 }
 
 // SAFETY: `Mem` is a plain allocation without thread affinity.
@@ -99,8 +113,14 @@ impl IoBuf {
     /// A zeroed, page-aligned buffer of `len` bytes (at least one).
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let mem = Mem::zeroed(len);
-        Self { ptr: mem.ptr, len, owner: Some(Arc::new(mem)) }
+        Self::try_zeroed(len).unwrap_or_else(|| handle_alloc_error(Mem::layout(len)))
+    }
+
+    /// The same, of which one can do without; `None` when the system has no memory to give.
+    #[must_use]
+    pub fn try_zeroed(len: usize) -> Option<Self> {
+        let mem = Mem::zeroed(len)?;
+        Some(Self { ptr: mem.ptr, len, owner: Some(Arc::new(mem)) })
     }
 
     /// A view of memory that somebody else keeps alive.
@@ -166,6 +186,17 @@ impl IoBuf {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: valid and initialised for `len` bytes (first invariant); no writer (third).
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Some of the bytes; others may be written meanwhile.
+    ///
+    /// # Panics
+    /// When the range lies outside.
+    #[must_use]
+    pub fn bytes_in(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {} bytes", self.len);
+        // SAFETY: valid and initialised (first invariant), as just checked; no writer of these (third).
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().add(range.start), range.end - range.start) }
     }
 
     /// The bytes, to be changed.

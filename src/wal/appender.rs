@@ -24,7 +24,7 @@ use super::codec::{LogPos, MAX_HEADER_BYTES, RecordEntry, RecordKind, header_byt
 use super::log::{Failed, Log, Refused, Room, number_entries};
 use crate::checksum::block_crc;
 use crate::disk::{Disk, IoBuf};
-use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK};
+use crate::units::{BLOCK, BlockNo, Lba, SECTOR, SECTORS_PER_BLOCK, Seq};
 
 /// Most data buffers in a record (a vectored write takes 1000, and headers need some).
 const MAX_BUFFERS: usize = 990;
@@ -376,6 +376,8 @@ impl<D: Disk> Appender<D> {
         for (i, crc) in batch.crcs.iter().enumerate() {
             self.log.set_crc(first_block + i as u32, *crc);
         }
+        let last = Seq(room.placement.first_seq.0 + batch.entries.len() as u64 - 1);
+        self.log.recent().keep(first_block, last, &batch.data);
         write_record(&self.log, &self.disk, &room, header, std::mem::take(&mut batch.data), dsync).await?;
         let entries = number_entries(&batch.entries, room.placement.first_seq, first_block).collect();
         self.log.complete(&room, entries);

@@ -4,6 +4,7 @@
 //! - [`log`]: the state that lanes share: tail, frontier, durable mark, slots.
 //! - [`appender`]: one lane's side: gathers writes, seals batches, acknowledges.
 //! - `batch`: what gathers until it leaves as one record.
+//! - [`recent`]: what was written lately, in memory, until it is packed.
 //! - [`replay`]: reads a log back.
 //! - [`inspect`]: looks into a log that nobody has, damaged or not, and reads its data.
 //! - [`salvage`]: ends a damaged log before its damage.
@@ -16,5 +17,6 @@ pub mod create;
 pub mod inspect;
 pub(crate) mod legible;
 pub mod log;
+pub mod recent;
 pub mod replay;
 pub mod salvage;

@@ -15,6 +15,7 @@ use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo};
 use crate::volume::throttle;
 use crate::wal::log::LogEntry;
+use crate::wal::recent::PROVIDED_BYTES;
 
 /// Data of a full chunk, in bytes.
 const CHUNK_BYTES: u64 = (MAX_BLOCKS * BLOCK) as u64;
@@ -29,6 +30,11 @@ const GROUPS_IN_LOG: u64 = 16;
 const GROUP_ENTRIES: usize = 32 << 10;
 /// A smaller group is cut when its first entry is this old and no upload is outstanding.
 const GROUP_AGE: Duration = Duration::from_secs(5);
+/// From groups of so many bytes on, or such a part of the log, what is written is kept in memory.
+const MUCH: u64 = 8 << 20;
+const MUCH_OF_LOG: u64 = 32;
+/// Between two looks at the memory while some is used that one can do without.
+const LOOK_AT_MEMORY: Duration = Duration::from_millis(50);
 /// One that is built, and two on their way: so that the uploads do not wait for the next group.
 const MAX_GROUPS: usize = 3;
 const MAX_UPLOADS: usize = 16;
@@ -83,6 +89,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             first_chunk: self.next_chunk,
             applied_through: self.applied,
         };
+        self.keep_recent(&entries);
         self.groups.push_back(Group {
             number: ticket.group,
             through: ticket.through,
@@ -98,6 +105,30 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.next_group = ticket.group.next();
         self.uncut_since = None;
         self.build(ticket, entries, fill > throttle::START);
+    }
+
+    /// While there is much to pack, what is written is kept in memory until it is packed.
+    fn keep_recent(&mut self, group: &[LogEntry]) {
+        let log = &self.volume.log;
+        let capacity = log.geometry().capacity();
+        let bytes: u64 = group.iter().map(LogEntry::stored_bytes).sum();
+        if bytes < MUCH.min(capacity / MUCH_OF_LOG) {
+            log.recent().shrink();
+        } else if self.memory.is_plenty(bytes + PROVIDED_BYTES) {
+            log.recent().provide(capacity);
+        }
+    }
+
+    /// What is kept in memory is given back when others want it.
+    pub(super) fn look_after_recent(&mut self, now: Duration) {
+        let recent = self.volume.log.recent();
+        if recent.is_empty() || now.saturating_sub(self.looked_at_memory) < LOOK_AT_MEMORY {
+            return;
+        }
+        self.looked_at_memory = now;
+        if !self.memory.is_plenty(0) {
+            recent.clear();
+        }
     }
 
     fn build(&self, ticket: GroupTicket, entries: Vec<LogEntry>, is_urgent: bool) {
@@ -137,6 +168,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let Some(chunks) = chunks else { return };
         let Some(group) = self.groups.iter_mut().find(|g| g.number == number) else { return };
         self.next_chunk = ChunkNo(self.next_chunk.0 + chunks.len() as u64);
+        self.volume.log.recent().done(group.through);
         group.left = chunks.len();
         group.built_at = self.timer.now();
         self.uploads.extend(chunks.iter().map(|c| (number, c.clone())));
@@ -202,6 +234,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         }
         if self.groups.is_empty() && self.volume.log.passed_seq() == self.applied_seq {
             self.bodies.clear();
+            self.volume.log.recent().clear();
         }
     }
 

@@ -9,8 +9,8 @@ use crate::volume::counts::Requests;
 const CALM: usize = 2;
 /// While nobody does; and once the log fills up, when writers wait for the uploads instead.
 const MANY: usize = 8;
-/// Nobody uses the volume when no request has been answered for so long.
-const QUIET: Duration = Duration::from_millis(5);
+/// Nobody uses the volume when no request has been answered for so long: longer than a request takes, but for the slowest of disks.
+const QUIET: Duration = Duration::from_millis(20);
 
 /// How many requests had been answered when somebody looked last, and since when it is so many.
 #[derive(Debug, Default)]
@@ -43,9 +43,9 @@ mod tests {
             ..Requests::default()
         };
         assert_eq!(reads.at_once(ms(100), &answered(10), false), CALM);
-        assert_eq!(reads.at_once(ms(104), &answered(10), false), CALM, "not quiet yet");
-        assert_eq!(reads.at_once(ms(104), &answered(10), true), MANY);
-        assert_eq!(reads.at_once(ms(105), &answered(10), false), MANY);
-        assert_eq!(reads.at_once(ms(106), &answered(11), false), CALM, "at once");
+        assert_eq!(reads.at_once(ms(119), &answered(10), false), CALM, "not quiet yet");
+        assert_eq!(reads.at_once(ms(119), &answered(10), true), MANY);
+        assert_eq!(reads.at_once(ms(120), &answered(10), false), MANY);
+        assert_eq!(reads.at_once(ms(121), &answered(11), false), CALM, "at once");
     }
 }

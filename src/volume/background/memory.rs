@@ -15,6 +15,8 @@ pub(super) const SHORT_GROUP_BYTES: u64 = 16 << 20;
 const SHORT_BYTES: u64 = 96 << 20;
 /// …or less than this part of all there is, in a small machine.
 const SHORT_PART: u64 = 5;
+/// Memory that one can do without is had only while there is so much more, and given back when there is not.
+const PLENTY_BYTES: u64 = 3 * SHORT_BYTES;
 
 /// Looks at the system's memory.
 pub(super) struct Memory {
@@ -40,24 +42,40 @@ impl Memory {
 
     /// Whether memory is short now.
     pub(super) fn is_short(&mut self) -> bool {
-        let Some(file) = &self.meminfo else { return false };
-        let Ok(n) = file.read_at(&mut self.buf, 0) else { return false };
-        let text = String::from_utf8_lossy(&self.buf[..n]);
-        says_short(&text)
+        self.look().is_some_and(|m| m.at_hand < SHORT_BYTES.min(m.total / SHORT_PART))
+    }
+
+    /// Whether so many bytes could be had and memory would be far from short.
+    pub(super) fn is_plenty(&mut self, beside: u64) -> bool {
+        self.look().is_none_or(|m| m.at_hand >= PLENTY_BYTES + beside)
+    }
+
+    /// `None`: nobody knows.
+    fn look(&mut self) -> Option<Look> {
+        let n = self.meminfo.as_ref()?.read_at(&mut self.buf, 0).ok()?;
+        Look::of(&String::from_utf8_lossy(&self.buf[..n]))
     }
 }
 
-/// What can be had at once is what is free, and the pages of files that are not waiting to be written.
-fn says_short(meminfo: &str) -> bool {
-    let kib = |name: &str| {
-        let line = meminfo.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
-        line.and_then(|l| l.trim().split(' ').next()?.parse::<u64>().ok())
-    };
-    let field = |name| kib(name).unwrap_or(0);
-    let (Some(total), Some(free)) = (kib("MemTotal"), kib("MemFree")) else { return false };
-    let files = field("Active(file)") + field("Inactive(file)");
-    let clean = files.saturating_sub(field("Dirty") + field("Writeback"));
-    ((free + clean) << 10) < SHORT_BYTES.min((total << 10) / SHORT_PART)
+/// What there is, in bytes.
+struct Look {
+    total: u64,
+    /// What can be had at once: what is free, and the pages of files that are not waiting to be written.
+    at_hand: u64,
+}
+
+impl Look {
+    fn of(meminfo: &str) -> Option<Self> {
+        let kib = |name: &str| {
+            let line = meminfo.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|l| l.trim().split(' ').next()?.parse::<u64>().ok())
+        };
+        let field = |name| kib(name).unwrap_or(0);
+        let (total, free) = (kib("MemTotal")?, kib("MemFree")?);
+        let files = field("Active(file)") + field("Inactive(file)");
+        let clean = files.saturating_sub(field("Dirty") + field("Writeback"));
+        Some(Self { total: total << 10, at_hand: (free + clean) << 10 })
+    }
 }
 
 #[cfg(test)]
@@ -66,6 +84,7 @@ mod tests {
 
     #[test]
     fn dirty_pages_are_no_memory() {
+        let says_short = |text: &str| Look::of(text).is_some_and(|m| m.at_hand < SHORT_BYTES.min(m.total / SHORT_PART));
         let text = |free: u64, file: u64, dirty: u64| {
             format!(
                 "MemTotal:         469000 kB\nMemFree:    {free} kB\nMemAvailable:   1 kB\nActive(file):  {file} kB\nInactive(file): 20000 kB\n\

@@ -176,6 +176,7 @@ pub struct Background<D: Disk, T: Timer> {
     suspects: Rc<Suspects>,
     log_reads: Rc<LogReads>,
     memory: Memory,
+    looked_at_memory: Duration,
     /// The last entry that some group holds.
     cut: Seq,
     uncut_since: Option<Duration>,
@@ -268,6 +269,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             suspects: Rc::default(),
             log_reads: Rc::default(),
             memory: Memory::plenty(),
+            looked_at_memory: Duration::ZERO,
             cut: Seq(0),
             uncut_since: None,
             next_group: GroupNo(1),
@@ -380,6 +382,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             return;
         }
         self.care_for_log(now);
+        self.look_after_recent(now);
         if self.volume.is_gone() {
             self.give_up();
             return;

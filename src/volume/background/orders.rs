@@ -127,6 +127,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     /// The volume is another's: whoever waits is told, and a detach only ends.
     pub(super) fn give_up(&mut self) {
+        self.volume.log.recent().clear();
         for reply in self.barriers.take().into_iter().chain(self.orders()) {
             let _ = reply.send(Err(lost(&self.volume)));
         }

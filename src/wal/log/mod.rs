@@ -27,6 +27,7 @@ use sync::SyncGate;
 use tail::Tail;
 
 use super::codec::{LogPos, Placement, SegmentHeader};
+use super::recent::Recent;
 use crate::units::{BLOCK, Seq};
 
 /// Entries that may wait to be packed, in memory; a few more come with the records in flight.
@@ -113,6 +114,7 @@ pub struct Log {
     failure: OnceLock<String>,
     pins: Box<[AtomicU32]>,
     crcs: Box<[AtomicU32]>,
+    recent: Recent,
     gate: SyncGate,
     sink: Box<dyn Fn(&LogEntry) + Send + Sync>,
     work: Notify,
@@ -173,6 +175,7 @@ impl Log {
             failure: OnceLock::new(),
             pins: (0..geometry.max_segments).map(|_| AtomicU32::new(0)).collect(),
             crcs: (0..blocks).map(|_| AtomicU32::new(0)).collect(),
+            recent: Recent::default(),
             gate: SyncGate::default(),
             sink,
             work: Notify::new(),
@@ -183,6 +186,12 @@ impl Log {
     #[must_use]
     pub const fn volume(&self) -> Uuid {
         self.volume
+    }
+
+    /// What was written lately, in memory.
+    #[must_use]
+    pub const fn recent(&self) -> &Recent {
+        &self.recent
     }
 
     /// Sizes.
