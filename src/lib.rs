@@ -18,6 +18,7 @@ pub mod frontend;
 pub mod gc;
 pub mod image;
 pub mod lane;
+pub mod machine;
 pub mod manifest;
 pub mod map;
 pub mod store;

@@ -26,7 +26,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::stream::{self, StreamExt};
-use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::block_crc;
@@ -35,6 +34,7 @@ use crate::chunk::reader::Keys;
 use crate::disk::file::DataFile;
 use crate::disk::{Disk, IoBuf};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::machine::memory_bytes;
 use crate::map::Location;
 use crate::units::{BLOCK, BlockNo, ChunkNo, SECTOR, human_bytes};
 pub use counts::CacheStatus;
@@ -73,14 +73,6 @@ pub struct Place {
     pub path: PathBuf,
     /// Its size.
     pub bytes: u64,
-}
-
-/// The machine's memory; where it is not told, of a small one.
-fn memory_bytes() -> u64 {
-    let of = |what| sysconf(what).ok().flatten().and_then(|n| u64::try_from(n).ok());
-    of(SysconfVar::_PHYS_PAGES)
-        .zip(of(SysconfVar::PAGE_SIZE))
-        .map_or(1 << 30, |(pages, each)| pages.saturating_mul(each))
 }
 
 /// Which page: source, chunk and number of the page in one word, as in a [`Location`].

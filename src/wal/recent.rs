@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::disk::IoBuf;
+use crate::machine::memory_bytes;
 use crate::units::{BLOCK, Seq};
 
 /// Blocks of a window.
@@ -40,8 +41,8 @@ static ALL: AtomicUsize = AtomicUsize::new(0);
 fn most() -> usize {
     static AT_MOST: OnceLock<usize> = OnceLock::new();
     *AT_MOST.get_or_init(|| {
-        let memory = nix::sys::sysinfo::sysinfo().map_or(0, |s| s.ram_total());
-        MOST.min(usize::try_from(memory).unwrap_or(usize::MAX) / PART / WINDOW_BYTES)
+        let memory = usize::try_from(memory_bytes()).unwrap_or(usize::MAX);
+        MOST.min(memory / PART / WINDOW_BYTES)
     })
 }
 
