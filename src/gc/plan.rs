@@ -7,8 +7,11 @@ use super::Policy;
 use super::usage::{Chunk, Holes, Space, Usage, packed};
 use crate::units::ChunkNo;
 
-/// Live blocks that are copied in one go.
-pub const BATCH_BLOCKS: u64 = 4 * crate::chunk::header::MAX_BLOCKS as u64;
+/// Live blocks that are copied in one go…
+pub const BATCH_BLOCKS: u64 = 4 * CHUNK_BLOCKS;
+/// …and of what lives no more than this part of it, or a chunk: until what was copied is deleted it is there twice.
+const BATCH_PART: u64 = 16;
+const CHUNK_BLOCKS: u64 = crate::chunk::header::MAX_BLOCKS as u64;
 /// Chunks that are emptied in one go.
 pub const BATCH_CHUNKS: usize = 64;
 /// Chunks of discards alone that are let be; of more the discards are put together.
@@ -40,6 +43,12 @@ pub struct Bounds {
     pub marks: usize,
 }
 
+/// Live blocks that are copied at most before what they were copied from is deleted, of so many that live.
+#[must_use]
+pub fn batch_blocks(live: u64) -> u64 {
+    (live / BATCH_PART).clamp(CHUNK_BLOCKS, BATCH_BLOCKS)
+}
+
 /// Plans a batch.
 #[must_use]
 pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, bounds: &Bounds, policy: &Policy) -> Plan {
@@ -66,13 +75,14 @@ pub fn plan(usage: &Usage, held: &HashSet<ChunkNo>, bounds: &Bounds, policy: &Po
         p.cmp(&q).then(a.cmp(b))
     });
     let allowed = (left.live as f64 * policy.stop) as u64 + policy.slack_blocks;
+    let most = batch_blocks(left.live);
     let (mut live, mut size, mut freed) = (0, 0, 0);
     for (n, c) in sparse {
         let all_dead = c.live == 0;
         if !all_dead && left.garbage.saturating_sub(freed) <= allowed {
             break;
         }
-        if live + u64::from(c.live) > BATCH_BLOCKS || plan.victims.len() >= BATCH_CHUNKS {
+        if live + u64::from(c.live) > most || plan.victims.len() >= BATCH_CHUNKS {
             break;
         }
         live += u64::from(c.live);
@@ -160,7 +170,8 @@ mod tests {
         // Without the dead chunk there is garbage of 0.31 of what lives: nothing else has to go.
         assert_eq!(victims(&p), [0; 0]);
         let p = plan(&u, &none(), &until(7), &policy().thorough());
-        assert_eq!(victims(&p), [5, 3, 4]);
+        assert_eq!(victims(&p), [5, 3], "no more than a chunk's worth of so small a volume at once");
+        assert_eq!([0, 1 << 15, 1 << 20].map(batch_blocks), [CHUNK_BLOCKS, 1 << 11, BATCH_BLOCKS]);
     }
 
     #[test]

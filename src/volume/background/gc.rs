@@ -24,7 +24,7 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Policy;
 use crate::gc::gather::{Draft, Gathered};
-use crate::gc::plan::{Bounds, Plan, is_due, plan};
+use crate::gc::plan::{BATCH_BLOCKS, Bounds, Plan, batch_blocks, is_due, plan};
 use crate::gc::scan::{Known, Orphans};
 use crate::gc::sweep::{Swept, part_keys};
 use crate::gc::usage::{HEADER_BLOCKS, Holes, Space};
@@ -409,18 +409,25 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             }
         }
         let urgent = garbage > (live as f64 * policy.start) as u64 * URGENT + policy.slack_blocks * URGENT;
-        if collecting && !plan.victims.is_empty() {
+        // What was copied is there twice until it is deleted, which a small volume does not wait with.
+        let enough = !gc.bounds.moved.is_empty() && batch_blocks(live) < BATCH_BLOCKS;
+        if collecting && !plan.victims.is_empty() && !enough {
             if urgent || fill < throttle::START {
                 let (victims, is_marks) = (std::mem::take(&mut plan.victims), plan.is_marks);
                 if self.has_memory(now) {
                     self.gc.joining |= is_marks;
                     self.gather(victims);
-                } else if let Some(plan) = &mut self.gc.plan {
+                    return;
+                }
+                if let Some(plan) = &mut self.gc.plan {
                     plan.victims = victims;
                 }
             }
-            return;
+            if self.gc.bounds.moved.is_empty() {
+                return;
+            }
         }
+        let gc = &mut self.gc;
         if !gc.bounds.moved.is_empty() {
             gc.wants_checkpoint = true;
             return;
