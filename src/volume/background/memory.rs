@@ -42,7 +42,7 @@ impl Memory {
 
     /// Whether memory is short now.
     pub(super) fn is_short(&mut self) -> bool {
-        self.look().is_some_and(|m| m.at_hand < SHORT_BYTES.min(m.total / SHORT_PART))
+        self.look().is_some_and(|m| m.is_short())
     }
 
     /// Whether so many bytes could be had and memory would be far from short.
@@ -65,6 +65,10 @@ struct Look {
 }
 
 impl Look {
+    fn is_short(&self) -> bool {
+        self.at_hand < SHORT_BYTES.min(self.total / SHORT_PART)
+    }
+
     fn of(meminfo: &str) -> Option<Self> {
         let kib = |name: &str| {
             let line = meminfo.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
@@ -84,7 +88,7 @@ mod tests {
 
     #[test]
     fn dirty_pages_are_no_memory() {
-        let says_short = |text: &str| Look::of(text).is_some_and(|m| m.at_hand < SHORT_BYTES.min(m.total / SHORT_PART));
+        let says_short = |text: &str| Look::of(text).is_some_and(|m| m.is_short());
         let text = |free: u64, file: u64, dirty: u64| {
             format!(
                 "MemTotal:         469000 kB\nMemFree:    {free} kB\nMemAvailable:   1 kB\nActive(file):  {file} kB\nInactive(file): 20000 kB\n\
