@@ -66,7 +66,6 @@ impl Body for Whole {
 const LARGE: usize = (4 << 20) + (64 << 10);
 
 /// Memory for large objects, touched once: fresh memory of a virtual machine costs more than all the rest of a request.
-#[derive(Default)]
 struct Room(Mutex<Vec<Vec<u8>>>);
 
 impl Room {

@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::disk::IoBuf;
 use crate::machine::memory_bytes;
@@ -39,11 +39,23 @@ static ALL: AtomicUsize = AtomicUsize::new(0);
 
 /// How many there may be.
 fn most() -> usize {
-    static AT_MOST: OnceLock<usize> = OnceLock::new();
-    *AT_MOST.get_or_init(|| {
-        let memory = usize::try_from(memory_bytes()).unwrap_or(usize::MAX);
-        MOST.min(memory / PART / WINDOW_BYTES)
-    })
+    MOST.min(usize::try_from(memory_bytes()).unwrap_or(usize::MAX) / PART / WINDOW_BYTES)
+}
+
+/// A place among [`ALL`].
+struct Place;
+
+impl Place {
+    fn take() -> Option<Self> {
+        let more = ALL.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most()).then_some(n + 1));
+        more.ok().map(|_| Self)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        ALL.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A stretch of the log's file.
@@ -52,17 +64,18 @@ pub struct Window {
     data: IoBuf,
     /// A mark for each block that is here.
     here: [AtomicU64; WINDOW_BLOCKS as usize / 64],
-    /// It is one of [`ALL`].
-    counted: bool,
+    /// If it is one of [`ALL`].
+    _place: Option<Place>,
 }
 
 impl Window {
-    /// `None`: the system has no memory to give.
-    fn new() -> Option<Self> {
+    /// `None`: there may be no more of them, or the system has no memory to give.
+    fn new(is_counted: bool) -> Option<Self> {
+        let place = if is_counted { Some(Place::take()?) } else { None };
         let mut data = IoBuf::try_zeroed(WINDOW_BYTES)?;
         // Memory that nobody has touched is not there yet.
         data.bytes_mut().fill(0);
-        Some(Self { number: 0, data, here: Default::default(), counted: false })
+        Some(Self { number: 0, data, here: Default::default(), _place: place })
     }
 
     fn keep(&self, block: u32, bytes: &[u8]) {
@@ -80,14 +93,6 @@ impl Window {
         let is_here =
             block / WINDOW_BLOCKS == self.number && self.here[n / 64].load(Ordering::Acquire) & 1 << (n % 64) != 0;
         is_here.then(|| self.data.bytes_in(n * BLOCK..(n + 1) * BLOCK))
-    }
-}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        if self.counted {
-            ALL.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 }
 
@@ -125,26 +130,15 @@ impl Recent {
             has
         };
         for _ in has..enough.min(has + AT_ONCE) {
-            let counted = enough > UNCOUNTED;
-            if counted
-                && ALL.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most()).then_some(n + 1)).is_err()
-            {
-                break;
-            }
-            let Some(mut fresh) = Window::new() else {
-                if counted {
-                    ALL.fetch_sub(1, Ordering::Relaxed);
-                }
-                break;
-            };
-            fresh.counted = counted;
+            let Some(fresh) = Window::new(enough > UNCOUNTED) else { break };
+            // The lock is taken for this alone: lanes want it.
             let fresh = Arc::new(fresh);
             self.windows().free.push(fresh);
         }
         self.any.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it has memory.
+    /// Whether it has no memory.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         !self.any.load(Ordering::Relaxed)

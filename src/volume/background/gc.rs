@@ -411,25 +411,20 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         let urgent = garbage > (live as f64 * policy.start) as u64 * URGENT + policy.slack_blocks * URGENT;
         // What was copied is there twice until it is deleted, which a small volume does not wait with.
         let enough = !gc.bounds.moved.is_empty() && batch_blocks(live) < BATCH_BLOCKS;
-        if collecting && !plan.victims.is_empty() && !enough {
-            if urgent || fill < throttle::START {
-                let (victims, is_marks) = (std::mem::take(&mut plan.victims), plan.is_marks);
-                if self.has_memory(now) {
-                    self.gc.joining |= is_marks;
-                    self.gather(victims);
-                    return;
-                }
-                if let Some(plan) = &mut self.gc.plan {
-                    plan.victims = victims;
-                }
-            }
-            if self.gc.bounds.moved.is_empty() {
-                return;
-            }
+        let wants_batch = collecting && !plan.victims.is_empty() && !enough;
+        if wants_batch && (urgent || fill < throttle::START) && self.has_memory(now) {
+            let Some(plan) = &mut self.gc.plan else { return };
+            let victims = std::mem::take(&mut plan.victims);
+            self.gc.joining |= plan.is_marks;
+            self.gather(victims);
+            return;
         }
         let gc = &mut self.gc;
         if !gc.bounds.moved.is_empty() {
             gc.wants_checkpoint = true;
+            return;
+        }
+        if wants_batch {
             return;
         }
         if collecting {

@@ -89,11 +89,12 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             first_chunk: self.next_chunk,
             applied_through: self.applied,
         };
-        self.keep_recent(&entries);
+        let bytes = entries.iter().map(LogEntry::stored_bytes).sum();
+        self.keep_recent(bytes);
         self.groups.push_back(Group {
             number: ticket.group,
             through: ticket.through,
-            bytes: entries.iter().map(LogEntry::stored_bytes).sum(),
+            bytes,
             since: now.saturating_sub(age),
             cut_at: now,
             built_at: now,
@@ -107,11 +108,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.build(ticket, entries, fill > throttle::START);
     }
 
-    /// While there is much to pack, what is written is kept in memory until it is packed.
-    fn keep_recent(&mut self, group: &[LogEntry]) {
+    /// While there is much to pack, as in a group of so many bytes, what is written is kept in memory until it is packed.
+    fn keep_recent(&mut self, bytes: u64) {
         let log = &self.volume.log;
         let capacity = log.geometry().capacity();
-        let bytes: u64 = group.iter().map(LogEntry::stored_bytes).sum();
         if bytes < MUCH.min(capacity / MUCH_OF_LOG) {
             log.recent().shrink();
         } else if self.memory.is_plenty(bytes + PROVIDED_BYTES) {
