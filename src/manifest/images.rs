@@ -1,6 +1,8 @@
 //! The last checkpoint, read back: each part is checked against the manifest and against its own header.
 
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use std::pin::pin;
+
+use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 
 use super::{Checkpoint, Image, Manifest};
 use crate::checksum::sha256_hex;
@@ -41,7 +43,8 @@ pub(crate) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&
         return Ok(Images { full: empty.clone(), current: empty });
     };
     let mut builder = ImageBuilder::new(blocks);
-    for part in load_parts(store, m, &c.full, PartKind::Full).await? {
+    let mut parts = pin!(load_parts(store, m, &c.full, PartKind::Full));
+    while let Some(part) = parts.try_next().await? {
         builder.full_part(part).map_err(bad)?;
     }
     let full = builder.finish().map_err(bad)?;
@@ -72,7 +75,8 @@ pub(crate) async fn load_beside(
 async fn over(store: &dyn Store, m: &Manifest, full: BaseImage, delta: Option<&Image>) -> Result<Images> {
     let Some(delta) = delta else { return Ok(Images { current: full.clone(), full }) };
     let mut builder = ImageBuilder::over(full.clone());
-    for part in load_parts(store, m, delta, PartKind::Delta).await? {
+    let mut parts = pin!(load_parts(store, m, delta, PartKind::Delta));
+    while let Some(part) = parts.try_next().await? {
         builder.delta_part(part).map_err(bad)?;
     }
     Ok(Images { current: builder.finish().map_err(bad)?, full })
@@ -82,12 +86,14 @@ fn bad(e: CodecError) -> Error {
     Error::from(e).context("joining the checkpoint's parts")
 }
 
-async fn load_parts(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKind) -> Result<Vec<Part>> {
-    stream::iter(0..image.parts.len())
-        .map(|i| load_part(store, m, image, kind, i))
-        .buffered(PARALLEL_PARTS)
-        .try_collect()
-        .await
+/// An image's parts, in order. Each is to be taken up before the next is asked for: together they are as large as the map.
+fn load_parts<'a>(
+    store: &'a dyn Store,
+    m: &'a Manifest,
+    image: &'a Image,
+    kind: PartKind,
+) -> impl Stream<Item = Result<Part>> + 'a {
+    stream::iter(0..image.parts.len()).map(move |i| load_part(store, m, image, kind, i)).buffered(PARALLEL_PARTS)
 }
 
 /// The key of an image's part.

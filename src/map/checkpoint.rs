@@ -35,8 +35,8 @@
 //!     16    4  number of blocks, at least 1
 //!     20    4  0
 //! ```
-//! A location is 55 bits, see [`Location`]. The words are those in memory, so a full image has the bytes
-//! of the map and decoding allocates no more than it reads.
+//! A location is 55 bits, see [`Location`]. Words are whole here, and packed in memory (`words.rs`): decoding
+//! allocates hardly more than it reads.
 
 use bytes::Bytes;
 use uuid::Uuid;
@@ -49,8 +49,12 @@ use super::location::{Location, MAX_SOURCE};
 use crate::codec::CodecError;
 use crate::units::{BlockNo, LEAF_BLOCKS, MAX_VOLUME_BYTES};
 
-/// The largest part that is written.
+/// Bytes of the largest part that is written.
 pub const MAX_PART_BYTES: usize = 32 << 20;
+/// Bytes of a part while the map is small: few of them are in memory at a time, when a volume is attached and when it is written.
+const PART_BYTES: usize = 4 << 20;
+/// A larger map has larger parts, so that a manifest names few.
+const MANY_PARTS: usize = 256;
 /// The largest part that is read: more than any setting writes.
 const MAX_READ_BYTES: usize = 256 << 20;
 /// The format's version.
@@ -288,10 +292,16 @@ fn cut(sizes: impl Iterator<Item = (u64, usize)>, max_part_bytes: usize) -> Vec<
     cuts
 }
 
+/// The size of parts, in bytes, that a map is best written in, be it whole or as a delta.
+#[must_use]
+pub fn part_bytes(img: &BaseImage) -> usize {
+    (img.heap_bytes() as usize / MANY_PARTS).clamp(PART_BYTES, MAX_PART_BYTES)
+}
+
 /// Encodes a full image in parts of at most `max_part_bytes` (at least [`MIN_PART_BYTES`] is taken).
 #[must_use]
 pub fn encode_full(img: &BaseImage, ident: Ident, max_part_bytes: usize) -> Parts<'_> {
-    let size = |leaf: &Leaf| LEAF_RECORD + 8 * leaf.words(&mut [0; 3]).1.len();
+    let size = |leaf: &Leaf| LEAF_RECORD + 8 * leaf.word_count();
     let cuts = cut(img.leaves(0..u64::MAX).map(|(l, leaf)| (l, size(leaf))), max_part_bytes);
     Parts { ident, volume_blocks: img.volume_blocks(), source: PartSource::Full(img), cuts, next: 0 }
 }
@@ -304,7 +314,7 @@ pub fn encode_delta(runs: &[Run], volume_blocks: u64, ident: Ident, max_part_byt
 }
 
 fn put_leaf(out: &mut Vec<u8>, l: u64, leaf: &Leaf) {
-    let mut room = [0; 3];
+    let mut room = [0; BLOCKS];
     let (table, words) = leaf.words(&mut room);
     let form = if table { FORM_TABLE } else { FORM_BREAKS };
     let raw = RawLeaf { leaf: (l as u32).into(), form, zero: 0, words: (words.len() as u16).into() };

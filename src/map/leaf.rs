@@ -11,18 +11,15 @@
 //! - `Table`: sorted words of `9-bit block << 55 | location`, one per mapped block. With 512 words
 //!   the block is the index; with fewer it is found in at most 9 steps.
 //!
-//! `Runs` is chosen only when it has fewer words than `Table`, so a leaf with `m` mapped blocks never
-//! has more than `m` words.
+//! Both lists are packed, see [`Words`]. `Runs` is chosen only when it has fewer words than `Table`, so a leaf with `m` mapped
+//! blocks never has more than `m` words.
 
-use std::sync::Arc;
-
-use super::location::{INDEX_MASK, LOCATION_BITS, Location};
+use super::location::{INDEX_MASK, Location};
+use super::words::{Words, block_of, raw_of, word};
 use crate::units::LEAF_BLOCKS;
 
 /// Blocks in a leaf, as an index.
 pub(crate) const BLOCKS: usize = LEAF_BLOCKS as usize;
-/// The location's part of a word.
-const LOC_MASK: u64 = (1 << LOCATION_BITS) - 1;
 
 /// A leaf spread out: the raw location of each block, 0 where unmapped.
 pub(crate) type Flat = [u64; BLOCKS];
@@ -44,26 +41,11 @@ pub(crate) enum Leaf {
         a: u64,
         b: u64,
     },
-    Runs(Arc<[u64]>),
-    Table(Arc<[u64]>),
+    Runs(Words),
+    Table(Words),
 }
 
 const _: () = assert!(size_of::<Leaf>() == 24);
-
-/// What the allocator takes for an `Arc<[u64]>` of `words`: two counters, the words, and a block header
-/// rounded up to 16 as common allocators do.
-pub(crate) const fn arc_bytes(words: usize) -> usize {
-    (16 + 8 * words + 8).next_multiple_of(16)
-}
-
-/// A word of `Runs` or `Table`.
-const fn word(block: usize, raw: u64) -> u64 {
-    (block as u64) << LOCATION_BITS | raw
-}
-
-const fn block_of(word: u64) -> usize {
-    (word >> LOCATION_BITS) as usize
-}
 
 /// Whether `next` follows `raw` in the same chunk; 0 follows 0. (Looked at for each block of a leaf: no
 /// location is 0, and one whose index is 0 follows none.)
@@ -89,7 +71,7 @@ impl Leaf {
             return small;
         }
         if n < mapped {
-            return Self::Runs(Arc::from(&breaks[..n]));
+            return Self::Runs(Words::new(&breaks[..n]));
         }
         let mut words = [0u64; BLOCKS];
         let mut m = 0;
@@ -97,12 +79,12 @@ impl Leaf {
             words[m] = word(i, raw);
             m += 1;
         }
-        Self::Table(Arc::from(&words[..m]))
+        Self::Table(Words::new(&words[..m]))
     }
 
     /// The form without allocation for a list of breaks, if there is one.
     fn inline(breaks: &[u64]) -> Option<Self> {
-        let at = |i: usize| (block_of(breaks[i]) as u16, breaks[i] & LOC_MASK);
+        let at = |i: usize| (block_of(breaks[i]) as u16, raw_of(breaks[i]));
         let end_at = |i: usize| if i < breaks.len() { at(i) } else { (BLOCKS as u16, 0) };
         match breaks.len() {
             0 => Some(Self::Empty),
@@ -137,17 +119,14 @@ impl Leaf {
             }
             Self::Runs(w) => {
                 // The break at or before `from` is the first that matters.
-                let mut i = w.partition_point(|&w| block_of(w) <= from).saturating_sub(1);
-                while i < w.len() && block_of(w[i]) < to {
-                    let end = w.get(i + 1).map_or(BLOCKS, |&w| block_of(w));
-                    cut(block_of(w[i]), end, w[i] & LOC_MASK);
-                    i += 1;
+                let mut breaks = w.from(w.before(from + 1).saturating_sub(1)).peekable();
+                while let Some(w) = breaks.next_if(|&w| block_of(w) < to) {
+                    cut(block_of(w), breaks.peek().map_or(BLOCKS, |&w| block_of(w)), raw_of(w));
                 }
             }
             Self::Table(w) => {
-                let i = if w.len() == BLOCKS { from } else { w.partition_point(|&w| block_of(w) < from) };
-                for &w in w[i..].iter().take_while(|&&w| block_of(w) < to) {
-                    cut(block_of(w), block_of(w) + 1, w & LOC_MASK);
+                for w in w.from(w.before(from)).take_while(|&w| block_of(w) < to) {
+                    cut(block_of(w), block_of(w) + 1, raw_of(w));
                 }
             }
         }
@@ -188,8 +167,9 @@ impl Leaf {
             Some(at) => at.lifted(by).map(Location::raw),
             None => Some(0),
         };
-        let each = |words: &[u64]| -> Option<Arc<[u64]>> {
-            words.iter().map(|w| lift(w & LOC_MASK).map(|raw| w & !LOC_MASK | raw)).collect()
+        let each = |words: &Words| -> Option<Words> {
+            let lifted: Option<Vec<u64>> = words.from(0).map(|w| Some(word(block_of(w), lift(raw_of(w))?))).collect();
+            lifted.map(|l| Words::new(&l))
         };
         Some(match self {
             Self::Empty => Self::Empty,
@@ -227,7 +207,7 @@ impl Leaf {
     /// Bytes allocated outside the leaf itself.
     pub(crate) fn heap_bytes(&self) -> usize {
         match self {
-            Self::Runs(w) | Self::Table(w) => arc_bytes(w.len()),
+            Self::Runs(w) | Self::Table(w) => w.heap_bytes(),
             _ => 0,
         }
     }
@@ -239,7 +219,7 @@ impl Leaf {
     /// Whether both are known to be the same without looking into tables.
     pub(crate) fn same(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Runs(a), Self::Runs(b)) | (Self::Table(a), Self::Table(b)) => Arc::ptr_eq(a, b),
+            (Self::Runs(a), Self::Runs(b)) | (Self::Table(a), Self::Table(b)) => a.same(b),
             (Self::Empty, Self::Empty) => true,
             (Self::Run { first, len, at }, Self::Run { first: f, len: l, at: a }) => (first, len, at) == (f, l, a),
             (Self::Pair { first, split, end, a, b }, Self::Pair { first: f, split: s, end: e, a: c, b: d }) => {
@@ -249,17 +229,41 @@ impl Leaf {
         }
     }
 
-    /// The words of the checkpoint's form: `(is a table, words)`. The forms without allocation become breaks.
-    pub(crate) fn words<'a>(&'a self, room: &'a mut [u64; 3]) -> (bool, &'a [u64]) {
+    /// The words of the checkpoint's form, in `room`: `(is a table, words)`. The forms without allocation become breaks.
+    pub(crate) fn words<'a>(&self, room: &'a mut [u64; BLOCKS]) -> (bool, &'a [u64]) {
+        match self {
+            Self::Runs(w) => return (false, w.unpacked(room)),
+            Self::Table(w) => return (true, w.unpacked(room)),
+            _ => {}
+        }
         let mut n = 0;
+        self.inline_breaks(|block, raw| {
+            room[n] = word(usize::from(block), raw);
+            n += 1;
+        });
+        (false, &room[..n])
+    }
+
+    /// How many those are.
+    pub(crate) fn word_count(&self) -> usize {
+        match self {
+            Self::Runs(w) | Self::Table(w) => w.len(),
+            _ => {
+                let mut n = 0;
+                self.inline_breaks(|_, _| n += 1);
+                n
+            }
+        }
+    }
+
+    /// Calls `put(block, raw location)` for each break of a form without allocation.
+    fn inline_breaks(&self, mut put: impl FnMut(u16, u64)) {
         let mut put = |block: u16, raw: u64| {
             if usize::from(block) < BLOCKS {
-                room[n] = word(usize::from(block), raw);
-                n += 1;
+                put(block, raw);
             }
         };
         match self {
-            Self::Empty => {}
             Self::Run { first, len, at } => {
                 put(*first, *at);
                 put(first + len, 0);
@@ -269,10 +273,8 @@ impl Leaf {
                 put(*split, *b);
                 put(*end, 0);
             }
-            Self::Runs(w) => return (false, w),
-            Self::Table(w) => return (true, w),
+            _ => {}
         }
-        (false, &room[..n])
     }
 
     /// A leaf from stored words. The error says what is wrong with them.
@@ -284,7 +286,7 @@ impl Leaf {
             return Err("a leaf's words are not in order");
         }
         for (i, &w) in words.iter().enumerate() {
-            let raw = w & LOC_MASK;
+            let raw = raw_of(w);
             match Location::from_raw(raw) {
                 Some(_) if table => {}
                 Some(at) => {
@@ -293,14 +295,14 @@ impl Leaf {
                         return Err("a run passes the end of its chunk");
                     }
                 }
-                None if !table && raw == 0 && i > 0 && words[i - 1] & LOC_MASK != 0 => {}
+                None if !table && raw == 0 && i > 0 && raw_of(words[i - 1]) != 0 => {}
                 None => return Err("a location makes no sense"),
             }
         }
         if table {
-            return Ok(Self::Table(Arc::from(words)));
+            return Ok(Self::Table(Words::new(words)));
         }
-        Ok(Self::inline(words).unwrap_or_else(|| Self::Runs(Arc::from(words))))
+        Ok(Self::inline(words).unwrap_or_else(|| Self::Runs(Words::new(words))))
     }
 }
 
@@ -367,7 +369,8 @@ mod tests {
             let mapped = flat.iter().filter(|r| **r != 0).count();
             prop_assert_eq!(leaf.mapped(), mapped);
             prop_assert_eq!(leaf.end(), flat.iter().rposition(|r| *r != 0).map_or(0, |i| i + 1));
-            prop_assert!(leaf.heap_bytes() <= 8 * mapped + 32);
+            // Chunks below 2^30, so 9 + 31 + 10 bits for each word, the header, and what the allocator adds.
+            prop_assert!(leaf.heap_bytes() <= 50 * mapped / 8 + 48);
             for (i, raw) in flat.iter().enumerate() {
                 prop_assert_eq!(leaf.get(i), *raw);
             }
@@ -377,7 +380,7 @@ mod tests {
             prop_assert_eq!(&seen[from..to], &flat[from..to]);
             prop_assert!(seen[..from].iter().chain(&seen[to..]).all(|r| *r == 0));
             if mapped > 0 {
-                let mut room = [0; 3];
+                let mut room = [0; BLOCKS];
                 let (table, words) = leaf.words(&mut room);
                 prop_assert_eq!(Leaf::from_words(table, words).unwrap().flat(), flat);
             }

@@ -14,7 +14,8 @@ use crate::units::ChunkNo;
 
 /// Bits of a packed location.
 pub(crate) const LOCATION_BITS: u32 = 55;
-const INDEX_BITS: u32 = 10;
+/// Bits of the index in a chunk.
+pub(crate) const INDEX_BITS: u32 = 10;
 const CHUNK_BITS: u32 = 37;
 const SOURCE_BITS: u32 = 7;
 /// The index's part of a location.

@@ -38,6 +38,7 @@ mod pieces;
 #[cfg(test)]
 mod tests;
 mod types;
+mod words;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};

@@ -21,7 +21,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::admin::nothing_there;
-use super::background::checkpoint::{PART_BYTES, put_parts};
+use super::background::checkpoint::put_parts;
 use crate::chunk::bodies::Bodies;
 use crate::chunk::header::{ChunkExtent, ChunkHeader, ExtentKind, HEADER_ROOM, MAX_BLOCKS, block_crc, key};
 use crate::chunk::pack::map_extents;
@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::ImageSource;
 use crate::manifest::{self, Checkpoint, EpochEntry, FirstOwned, Image, Manifest, Published, part_key};
 use crate::map::BaseImage;
-use crate::map::checkpoint::{Ident, encode_full};
+use crate::map::checkpoint::{Ident, encode_full, part_bytes};
 use crate::store::Store;
 use crate::units::{BLOCK, BlockNo, ChunkNo, Epoch, GroupNo, MAX_VOLUME_BYTES, Nonce, Seq};
 
@@ -368,7 +368,7 @@ impl Job<'_> {
             self.parts.set(part + 1);
             part_key(CHECKPOINT, EPOCH, self.nonce, part)
         };
-        let put = pin!(put_parts(self.store, &self.prefix, encode_full(map, ident, PART_BYTES), name));
+        let put = pin!(put_parts(self.store, &self.prefix, encode_full(map, ident, part_bytes(map)), name));
         let parts = match select(put, pin!(stop)).await {
             Either::Left((parts, _)) => parts.map_err(|e| e.context("writing the volume's map"))?,
             Either::Right(((), put)) => {

@@ -10,7 +10,7 @@ use crate::disk::Disk;
 use crate::error::{ErrorKind, Result};
 use crate::manifest::{Checkpoint, Image, Manifest, NO_ATTACHMENT, Part, Published, part_key, prefix};
 use crate::map::BaseImage;
-use crate::map::checkpoint::{Ident, encode_delta, encode_full};
+use crate::map::checkpoint::{Ident, encode_delta, encode_full, part_bytes};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo, Nonce, Seq};
@@ -19,8 +19,6 @@ use crate::volume::snapshots::{self, Wanted};
 
 /// A checkpoint is due after this many chunks.
 const CHECKPOINT_CHUNKS: u64 = 1024;
-/// Largest part of an image, in bytes.
-pub(in crate::volume) const PART_BYTES: usize = 32 << 20;
 
 /// What a checkpoint is of.
 struct Cut {
@@ -154,18 +152,19 @@ async fn checkpoint(
     let ident = Ident { volume: m.uuid, number: cut.number };
     let blocks = volume.size_bytes() / BLOCK as u64;
     let name = |part: usize| part_key(cut.number, m.epoch, m.nonce, part);
+    let part = part_bytes(&cut.image);
     let delta = m.checkpoint.as_ref().map(|c| (c, BaseImage::diff(&cut.full_before, &cut.image)));
     let small = !fold
         && delta
             .as_ref()
-            .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, PART_BYTES).total_bytes() * 4 <= c.full.bytes());
+            .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, part).total_bytes() * 4 <= c.full.bytes());
     let (full, delta, new_full) = match delta {
         Some((c, runs)) if small => {
-            let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, PART_BYTES), name).await?;
+            let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, part), name).await?;
             (c.full.clone(), Some(Image { number: cut.number, parts, source: 0 }), None)
         }
         _ => {
-            let parts = put_parts(&**store, prefix, encode_full(&cut.image, ident, PART_BYTES), name).await?;
+            let parts = put_parts(&**store, prefix, encode_full(&cut.image, ident, part), name).await?;
             (Image { number: cut.number, parts, source: 0 }, None, Some(cut.image.clone()))
         }
     };
@@ -228,6 +227,6 @@ pub(in crate::volume) async fn put_unattached(
 ) -> Result<Image> {
     let ident = Ident { volume: m.uuid, number };
     let name = |part: usize| part_key(number, NO_ATTACHMENT, nonce, part);
-    let parts = put_parts(store, &prefix(&m.name), encode_full(image, ident, PART_BYTES), name).await?;
+    let parts = put_parts(store, &prefix(&m.name), encode_full(image, ident, part_bytes(image)), name).await?;
     Ok(Image { number, parts, source: 0 })
 }
