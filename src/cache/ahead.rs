@@ -10,8 +10,8 @@ use std::ops::Range;
 const STREAMS: usize = 8;
 /// What is fetched ahead of the second read of a stream at least, in sectors: 256 KiB.
 const FIRST: u64 = 512;
-/// And so many times the length of that read.
-const FIRST_READS: u64 = 4;
+/// And so many times what has been read of the stream: who has read much will read on.
+const TIMES_READ: u64 = 4;
 /// Windows smaller than this become four times as large each time, others twice; in sectors: 4 MiB.
 const SMALL: u64 = 8 << 10;
 /// The most that is fetched ahead, in sectors: 64 MiB, sixteen chunks.
@@ -27,6 +27,8 @@ struct Stream {
     ahead: u64,
     /// How far ahead to be; 0 after a single read.
     window: u64,
+    /// How much of it was read.
+    read: u64,
     /// When it was read last, in reads of the lane.
     used: u64,
 }
@@ -48,22 +50,27 @@ impl Streams {
         let now = self.reads;
         let Some(s) = self.all.iter_mut().find(|s| s.used > 0 && s.next == sectors.start) else {
             let oldest = self.all.iter_mut().min_by_key(|s| s.used)?;
-            *oldest = Stream { next: sectors.end, ahead: sectors.end, window: 0, used: now };
+            let read = sectors.end - sectors.start;
+            *oldest = Stream { next: sectors.end, ahead: sectors.end, window: 0, read, used: now };
             return None;
         };
         (s.next, s.used) = (sectors.end, now);
+        s.read = s.read.saturating_add(sectors.end - sectors.start);
         if s.window > 0 && s.ahead >= sectors.end + s.window - (s.window / 2).min(STEP) {
             return None;
         }
         s.window = match s.window {
-            0 => FIRST.max((sectors.end - sectors.start) * FIRST_READS),
+            0 => FIRST,
             small @ ..SMALL => small * 4,
             large => large * 2,
         }
+        .max(s.read.saturating_mul(TIMES_READ))
         .min(most);
         let from = s.ahead.max(sectors.end);
-        s.ahead = sectors.end + s.window;
-        Some(from..s.ahead)
+        let to = sectors.end + s.window;
+        // Less may be wanted ahead than there was.
+        s.ahead = s.ahead.max(to);
+        (from < to).then_some(from..to)
     }
 }
 
@@ -89,6 +96,17 @@ mod tests {
         }
         assert!(asked[..4].is_sorted(), "{asked:?}");
         assert!(asked.len() < 50, "{} times for 250 MB", asked.len());
+    }
+
+    #[test]
+    fn what_has_been_read_says_how_far_ahead() {
+        let (mut s, mut asked) = (Streams::default(), Vec::new());
+        for at in (0..200_000).step_by(2048) {
+            asked.extend(s.read(at..at + 2048, MOST).map(|r| r.end - at - 2048));
+        }
+        // 8 MiB ahead of the second MiB, 28 of the seventh, when half of them are read, and then the most.
+        assert_eq!(asked[..2], [8 * 2048, 28 * 2048]);
+        assert!(asked[2..].iter().all(|a| *a == MOST), "{asked:?}");
     }
 
     #[test]
@@ -125,9 +143,11 @@ mod tests {
     fn one_larger_than_its_window_is_not_asked_for_what_it_has_read() {
         let mut s = Streams::default();
         s.read(0..4096, MOST);
-        assert_eq!(s.read(4096..8192, MOST), Some(8192..8192 + 4 * 4096));
+        assert_eq!(s.read(4096..8192, MOST), Some(8192..8192 + 4 * 8192));
         // Nobody asks for more than that however large reads are.
-        assert_eq!(s.read(8192..500_000, MOST), Some(500_000..500_000 + 8 * 4096));
-        assert_eq!(s.read(500_000..600_000, 5000), Some(600_000..605_000));
+        assert_eq!(s.read(8192..500_000, MOST), Some(500_000..500_000 + MOST));
+        // That and more has been asked for when nobody wants as much any more.
+        assert_eq!(s.read(500_000..600_000, 5000), None);
+        assert_eq!(s.read(600_000..700_000, 5000), Some(700_000..705_000));
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`slot`]: the file's format; [`room`]: which slots are free.
 //! - [`fetch`]: what is not here, from the store: one request for all who wait, and into the cache with it.
+//! - [`admit`]: what is written to it.
 //! - [`ahead`]: reads that follow one another, and what to fetch before they ask for it; [`held`]: what of it is in memory.
 //!
 //! Invariants:
@@ -12,6 +13,7 @@
 //! - Blocks that have lost sectors are never here: the store's chunk says which sectors are good.
 //! - While a volume is attached, the number of a source names the same volume.
 
+mod admit;
 pub mod ahead;
 mod counts;
 pub mod fetch;
@@ -29,7 +31,6 @@ use futures_util::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::block_crc;
-use crate::chunk::header::ChunkHeader;
 use crate::chunk::reader::Keys;
 use crate::disk::file::DataFile;
 use crate::disk::{Disk, IoBuf};
@@ -59,10 +60,6 @@ const MANY_AHEAD: u64 = (8 << 20) / BLOCK as u64;
 const AHEAD_OF_CACHE: u64 = 8;
 /// and of all streams together, on its way, in memory, and on its way to the cache's disk, this part of the machine's memory.
 const AHEAD_OF_MEMORY: u64 = 64;
-/// Pages of a chunk that are written at once.
-const ADMIT_DEPTH: usize = 8;
-/// Buffers that are kept for pages to come.
-const SPARE: usize = 4 * ADMIT_DEPTH;
 /// Headers read at once when a cache is taken up again.
 const RESTORE_DEPTH: usize = 32;
 
@@ -318,94 +315,6 @@ impl Cache {
     pub fn missed(&self, bytes: u64) {
         self.counts.misses.fetch_add(1, Ordering::Relaxed);
         self.counts.miss_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Writes what has been read of a chunk, `data` from its stored block `from` on, page by page, but for the blocks `bad`. Best effort.
-    pub async fn admit<D: Disk>(
-        &self,
-        disk: &D,
-        source: u8,
-        header: &ChunkHeader,
-        from: usize,
-        data: &[u8],
-        bad: &[usize],
-    ) {
-        let writes = stream::iter(parts(from, data.len() / BLOCK)).map(|(before, n)| {
-            let at = from + before;
-            let lost = bad.iter().filter(|b| (before..before + n).contains(b)).map(|b| from + b);
-            let present = lost.fold(mask(at % PAGE_BLOCKS, n), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
-            self.admit_part(disk, source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present)
-        });
-        writes.buffer_unordered(ADMIT_DEPTH).for_each(|()| async {}).await;
-    }
-
-    /// A page, or a part of one: `data` from the chunk's stored block `at` on.
-    async fn admit_part<D: Disk>(
-        &self,
-        disk: &D,
-        source: u8,
-        header: &ChunkHeader,
-        at: usize,
-        data: &[u8],
-        present: u16,
-    ) {
-        let (page, at) = (at / PAGE_BLOCKS, at % PAGE_BLOCKS);
-        let id = page_id(source, header.chunk, page as u16);
-        // One that has more blocks already is not replaced; of two that have some each, the newer stays.
-        if present == 0 || !self.lacks(id, present) {
-            return;
-        }
-        let slot = self.room.take();
-        let limit = self.room.limit();
-        if self.fitted.swap(limit, Ordering::Relaxed) != limit {
-            // Where there are fewer slots, pages have to make room for others.
-            self.pages.set_capacity(capacity_of(limit));
-        }
-        let Some(slot) = slot else { return };
-        let mut crcs = [0; PAGE_BLOCKS];
-        for (i, crc) in crcs.iter_mut().enumerate().filter(|(i, _)| present & mask(*i, 1) != 0) {
-            *crc = header.crcs[page * PAGE_BLOCKS + i];
-        }
-        let told = SlotHeader {
-            volume: header.volume,
-            chunk: header.chunk,
-            epoch: header.epoch,
-            nonce: header.nonce,
-            page: page as u16,
-            present,
-            crcs,
-        };
-        // One write of header and blocks; before the first block there may be a hole, whose blocks are not here.
-        let whole = self.spare().pop().unwrap_or_else(|| IoBuf::zeroed(SLOT_BYTES as usize));
-        let mut buf = whole.slice(0..(1 + at) * BLOCK + data.len());
-        buf.bytes_mut()[..(1 + at) * BLOCK].fill(0);
-        buf.copy_in((1 + at) * BLOCK, data);
-        told.encode_into(&mut buf.bytes_mut()[..BLOCK]);
-        let bytes = buf.len() as u64;
-        let wrote = disk.writev_at(slot.at(), vec![buf], false).await;
-        let mut spare = self.spare();
-        if spare.len() < SPARE {
-            spare.push(whole);
-        }
-        drop(spare);
-        match wrote {
-            Ok(()) => {
-                self.counts.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-                // Another may have come meanwhile.
-                if self.lacks(id, present) {
-                    self.pages.insert(id, Arc::new(Page { slot, present, crcs }));
-                }
-            }
-            Err(e) => {
-                slot.fail();
-                if self.counts.failed_writes.fetch_add(1, Ordering::Relaxed) == 0 {
-                    tracing::warn!(
-                        "writing to the cache {} failed: {e}; what is not in it is read from the store (nothing is lost)",
-                        self.file.path().display()
-                    );
-                }
-            }
-        }
     }
 
     /// Takes up what the file holds from an earlier life, as far as `keys` know the chunks. Reads go on meanwhile, and it stops when it `ends`.

@@ -11,6 +11,9 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::slot::SLOT_BYTES;
 use crate::disk::file::DataFile;
 use crate::error::{Context, Result};
@@ -165,7 +168,13 @@ impl Room {
             return Ok(());
         }
         let grown = (free.fresh.start + STEP).min(self.total);
-        self.file.dup()?.set_len(u64::from(grown) * SLOT_BYTES)?;
+        let file = self.file.dup()?;
+        let (from, to) = (u64::from(free.grown) * SLOT_BYTES, u64::from(grown) * SLOT_BYTES);
+        // What has its place on the disk is written without a thread of the kernel's that looks for one.
+        match fallocate(&file, FallocateFlags::empty(), from.cast_signed(), (to - from).cast_signed()) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => file.set_len(to)?,
+            done => done?,
+        }
         free.grown = grown;
         Ok(())
     }

@@ -28,9 +28,10 @@ const FIRST_AHEAD: usize = 4;
 const SLOW_AHEAD: Duration = Duration::from_secs(2);
 /// Those that wait for their turn; what comes beyond is not fetched ahead.
 const MAX_AHEAD_WAITING: usize = 512;
-/// Ranges that are being written to the cache at once: of those that somebody has waited for, and of those that were fetched ahead.
+/// Ranges that are being written to the cache at once: of those that somebody has waited for, and of those that were fetched ahead, which
+/// are larger.
 const MAX_KEEPING: usize = 16;
-const MAX_KEEPING_AHEAD: usize = 8;
+const MAX_KEEPING_AHEAD: usize = 4;
 
 /// Where something is, and how many blocks.
 type Place = (Location, u16);
