@@ -49,14 +49,14 @@ impl Cache {
         data: &[u8],
         bad: &[usize],
     ) {
-        let pages = stream::iter(parts(from, data.len() / BLOCK)).filter_map(|(before, n)| {
+        // A page is made ready when its turn comes.
+        let pages = parts(from, data.len() / BLOCK).filter_map(|(before, n)| {
             let at = from + before;
             let lost = bad.iter().filter(|b| (before..before + n).contains(b)).map(|b| from + b);
             let present = lost.fold(mask(at % PAGE_BLOCKS, n), |m, b| m & !mask(b % PAGE_BLOCKS, 1));
-            let page = self.make_ready(source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present);
-            std::future::ready(page)
+            self.make_ready(source, header, at, &data[before * BLOCK..(before + n) * BLOCK], present)
         });
-        let writes = pages.chunks(TOGETHER).map(|pages| self.write(disk, pages));
+        let writes = stream::iter(pages).chunks(TOGETHER).map(|pages| self.write(disk, pages));
         writes.buffer_unordered(ADMIT_DEPTH).for_each(|()| async {}).await;
     }
 

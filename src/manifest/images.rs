@@ -86,7 +86,7 @@ fn bad(e: CodecError) -> Error {
     Error::from(e).context("joining the checkpoint's parts")
 }
 
-/// An image's parts, in order. Each is to be taken up before the next is asked for: together they are as large as the map.
+/// An image's parts, in order, few of them on their way or waiting at a time: together they are as large as the map.
 fn load_parts<'a>(
     store: &'a dyn Store,
     m: &'a Manifest,

@@ -314,12 +314,10 @@ pub fn encode_delta(runs: &[Run], volume_blocks: u64, ident: Ident, max_part_byt
 }
 
 fn put_leaf(out: &mut Vec<u8>, l: u64, leaf: &Leaf) {
-    let mut room = [0; BLOCKS];
-    let (table, words) = leaf.words(&mut room);
-    let form = if table { FORM_TABLE } else { FORM_BREAKS };
-    let raw = RawLeaf { leaf: (l as u32).into(), form, zero: 0, words: (words.len() as u16).into() };
+    let form = if leaf.is_table() { FORM_TABLE } else { FORM_BREAKS };
+    let raw = RawLeaf { leaf: (l as u32).into(), form, zero: 0, words: (leaf.word_count() as u16).into() };
     out.extend_from_slice(raw.as_bytes());
-    words.iter().for_each(|w| out.extend_from_slice(&w.to_le_bytes()));
+    leaf.each_word(|w| out.extend_from_slice(&w.to_le_bytes()));
 }
 
 fn put_run(out: &mut Vec<u8>, r: &Run) {

@@ -229,41 +229,30 @@ impl Leaf {
         }
     }
 
-    /// The words of the checkpoint's form, in `room`: `(is a table, words)`. The forms without allocation become breaks.
-    pub(crate) fn words<'a>(&self, room: &'a mut [u64; BLOCKS]) -> (bool, &'a [u64]) {
-        match self {
-            Self::Runs(w) => return (false, w.unpacked(room)),
-            Self::Table(w) => return (true, w.unpacked(room)),
-            _ => {}
+    /// Whether the checkpoint's form is a table of blocks; else it is breaks, as which the forms without allocation are told.
+    pub(crate) const fn is_table(&self) -> bool {
+        matches!(self, Self::Table(_))
+    }
+
+    /// How many words the checkpoint's form has.
+    pub(crate) fn word_count(&self) -> usize {
+        if let Self::Runs(w) | Self::Table(w) = self {
+            return w.len();
         }
         let mut n = 0;
-        self.inline_breaks(|block, raw| {
-            room[n] = word(usize::from(block), raw);
-            n += 1;
-        });
-        (false, &room[..n])
+        self.each_word(|_| n += 1);
+        n
     }
 
-    /// How many those are.
-    pub(crate) fn word_count(&self) -> usize {
-        match self {
-            Self::Runs(w) | Self::Table(w) => w.len(),
-            _ => {
-                let mut n = 0;
-                self.inline_breaks(|_, _| n += 1);
-                n
-            }
-        }
-    }
-
-    /// Calls `put(block, raw location)` for each break of a form without allocation.
-    fn inline_breaks(&self, mut put: impl FnMut(u16, u64)) {
+    /// Calls `f` with each word of the checkpoint's form, in order.
+    pub(crate) fn each_word(&self, mut f: impl FnMut(u64)) {
         let mut put = |block: u16, raw: u64| {
             if usize::from(block) < BLOCKS {
-                put(block, raw);
+                f(word(usize::from(block), raw));
             }
         };
         match self {
+            Self::Empty => {}
             Self::Run { first, len, at } => {
                 put(*first, *at);
                 put(first + len, 0);
@@ -273,7 +262,7 @@ impl Leaf {
                 put(*split, *b);
                 put(*end, 0);
             }
-            _ => {}
+            Self::Runs(w) | Self::Table(w) => w.from(0).for_each(f),
         }
     }
 
@@ -380,9 +369,10 @@ mod tests {
             prop_assert_eq!(&seen[from..to], &flat[from..to]);
             prop_assert!(seen[..from].iter().chain(&seen[to..]).all(|r| *r == 0));
             if mapped > 0 {
-                let mut room = [0; BLOCKS];
-                let (table, words) = leaf.words(&mut room);
-                prop_assert_eq!(Leaf::from_words(table, words).unwrap().flat(), flat);
+                let mut words = Vec::new();
+                leaf.each_word(|w| words.push(w));
+                prop_assert_eq!(words.len(), leaf.word_count());
+                prop_assert_eq!(Leaf::from_words(leaf.is_table(), &words).unwrap().flat(), flat);
             }
         }
     }

@@ -148,13 +148,6 @@ impl Words {
         from
     }
 
-    /// Copies the words to the start of `room`.
-    pub(super) fn unpacked<'a>(&self, room: &'a mut [u64; BLOCKS]) -> &'a [u64] {
-        let n = self.len();
-        room.iter_mut().zip(self.from(0)).for_each(|(to, w)| *to = w);
-        &room[..n]
-    }
-
     /// Bytes that the list takes.
     pub(super) fn heap_bytes(&self) -> usize {
         arc_bytes(self.0.len())
@@ -183,7 +176,6 @@ mod tests {
         let packed = Words::new(words);
         assert_eq!(packed.len(), words.len());
         assert_eq!(packed.from(0).collect::<Vec<_>>(), words);
-        assert_eq!(packed.unpacked(&mut [0; BLOCKS]), words);
         for block in 0..=BLOCKS {
             assert_eq!(packed.before(block), words.partition_point(|w| block_of(*w) < block), "before {block}");
         }
