@@ -10,7 +10,7 @@ use std::ops::Range;
 const STREAMS: usize = 8;
 /// What is fetched ahead of the second read of a stream at least, in sectors: 256 KiB.
 const FIRST: u64 = 512;
-/// And so many times what has been read of the stream: who has read much will read on.
+/// And so many times the second read, later so many times what has been read of the stream: who has read much will read on.
 const TIMES_READ: u64 = 4;
 /// Windows smaller than this become four times as large each time, others twice; in sectors: 4 MiB.
 const SMALL: u64 = 8 << 10;
@@ -60,11 +60,11 @@ impl Streams {
             return None;
         }
         s.window = match s.window {
-            0 => FIRST,
-            small @ ..SMALL => small * 4,
-            large => large * 2,
+            // Of two reads it is not known yet: one that was large comes as two.
+            0 => FIRST.max((sectors.end - sectors.start).saturating_mul(TIMES_READ)),
+            small @ ..SMALL => (small * 4).max(s.read.saturating_mul(TIMES_READ)),
+            large => (large * 2).max(s.read.saturating_mul(TIMES_READ)),
         }
-        .max(s.read.saturating_mul(TIMES_READ))
         .min(most);
         let from = s.ahead.max(sectors.end);
         let to = sectors.end + s.window;
@@ -104,9 +104,10 @@ mod tests {
         for at in (0..200_000).step_by(2048) {
             asked.extend(s.read(at..at + 2048, MOST).map(|r| r.end - at - 2048));
         }
-        // 8 MiB ahead of the second MiB, 28 of the seventh, when half of them are read, and then the most.
-        assert_eq!(asked[..2], [8 * 2048, 28 * 2048]);
-        assert!(asked[2..].iter().all(|a| *a == MOST), "{asked:?}");
+        // 4 MiB ahead of the second MiB, as one that was read in two goes no further; 20 of the fifth, when half of them are read; 56 of the
+        // 14th, and then the most.
+        assert_eq!(asked[..3], [4 * 2048, 20 * 2048, 56 * 2048]);
+        assert!(asked[3..].iter().all(|a| *a == MOST), "{asked:?}");
     }
 
     #[test]
@@ -143,7 +144,7 @@ mod tests {
     fn one_larger_than_its_window_is_not_asked_for_what_it_has_read() {
         let mut s = Streams::default();
         s.read(0..4096, MOST);
-        assert_eq!(s.read(4096..8192, MOST), Some(8192..8192 + 4 * 8192));
+        assert_eq!(s.read(4096..8192, MOST), Some(8192..8192 + 4 * 4096));
         // Nobody asks for more than that however large reads are.
         assert_eq!(s.read(8192..500_000, MOST), Some(500_000..500_000 + MOST));
         // That and more has been asked for when nobody wants as much any more.

@@ -5,7 +5,8 @@
 //!   others; then new ones; and those that could not be written when nothing else is left.
 //! - The file ends at most [`STEP`] slots behind the last one that was ever handed out. So another life knows what may hold something, and
 //!   asks anew whether there is room for the rest.
-//! - While the file system is nearly full no slot is new.
+//! - No slot is new, and none gets its place on the disk, in the last tenth of the file system, which logs may need. One that has its place
+//!   may be used whatever comes.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -30,6 +31,8 @@ struct Free {
     failed: VecDeque<u32>,
     /// Slots that the file has room for.
     grown: u32,
+    /// Of those, up to where they have their places on the disk, or a look has allowed them.
+    sure: u32,
     /// Whether the file system had room at the last look.
     roomy: bool,
     /// Slots handed out since it has had none.
@@ -42,9 +45,9 @@ pub(super) struct Room {
     file: Arc<DataFile>,
     total: u32,
     free: Mutex<Free>,
-    /// For tests: in place of the file system.
+    /// For tests: in place of the file system, what it has to spare.
     #[cfg(test)]
-    pub(super) full: std::sync::atomic::AtomicBool,
+    pub(super) spare: std::sync::atomic::AtomicU64,
 }
 
 /// A slot that somebody has; free again when it is dropped.
@@ -89,13 +92,13 @@ impl Room {
         // It grows by whole slots: what is cut inside of one was cut by somebody else.
         let old = (had / SLOT_BYTES).min(total.into()) as u32;
         let (used, failed) = (VecDeque::new(), VecDeque::new());
-        let free = Free { used, fresh: old..total, failed, grown: old, roomy: true, since: 0 };
+        let free = Free { used, fresh: old..total, failed, grown: old, sure: old, roomy: true, since: 0 };
         let room = Self {
             file,
             total,
             free: Mutex::new(free),
             #[cfg(test)]
-            full: false.into(),
+            spare: u64::MAX.into(),
         };
         Ok((Arc::new(room), old))
     }
@@ -107,7 +110,7 @@ impl Room {
     /// How many slots there may be now.
     pub(super) fn limit(&self) -> u32 {
         let free = self.free();
-        if free.roomy { self.total } else { free.fresh.start }
+        if free.roomy { self.total } else { free.fresh.start.max(free.sure) }
     }
 
     /// A slot that an earlier life may have left something in; to be called once for each.
@@ -130,17 +133,17 @@ impl Room {
     }
 
     fn fresh(&self, free: &mut Free) -> Option<u32> {
-        let n = free.fresh.start;
-        let is_known = free.roomy && !n.is_multiple_of(LOOK) && n < free.grown;
-        if free.fresh.is_empty() || !(is_known || self.look(free)) {
+        let is_sure = free.fresh.start < free.sure;
+        if free.fresh.is_empty() || !(is_sure || self.look(free)) {
             return None;
         }
         free.fresh.next()
     }
 
-    /// Whether one more slot may be new: not in the last tenth of the file system, which logs may need. The file has room for it then.
+    /// Whether more slots may be new: not in the last tenth of the file system, which logs may need. The file has room for them then.
     fn look(&self, free: &mut Free) -> bool {
-        let grown = self.has_room().then(|| self.grow(free));
+        let fit = (self.spare() / SLOT_BYTES).min(STEP.into()) as u32;
+        let grown = (fit >= LOOK.min(free.fresh.len() as u32)).then(|| self.grow(free, fit));
         let roomy = matches!(grown, Some(Ok(())));
         free.since = 0;
         if std::mem::replace(&mut free.roomy, roomy) && !roomy {
@@ -153,27 +156,48 @@ impl Room {
         roomy
     }
 
+    /// Bytes that are free beside the file system's last tenth.
     #[cfg(not(test))]
-    fn has_room(&self) -> bool {
-        nix::sys::statvfs::fstatvfs(&*self.file).is_ok_and(|fs| fs.blocks_available() > fs.blocks() / 10)
+    fn spare(&self) -> u64 {
+        // The fields' types differ from platform to platform.
+        #[allow(clippy::useless_conversion, clippy::allow_attributes, reason = "see above")]
+        nix::sys::statvfs::fstatvfs(&*self.file).map_or(0, |fs| {
+            let spare = u64::from(fs.blocks_available()).saturating_sub(u64::from(fs.blocks()) / 10);
+            spare.saturating_mul(u64::from(fs.fragment_size()))
+        })
     }
 
     #[cfg(test)]
-    fn has_room(&self) -> bool {
-        !self.full.load(std::sync::atomic::Ordering::Relaxed)
+    fn spare(&self) -> u64 {
+        self.spare.load(std::sync::atomic::Ordering::Relaxed)
     }
 
-    fn grow(&self, free: &mut Free) -> std::io::Result<()> {
-        if free.fresh.start < free.grown || free.fresh.is_empty() {
+    /// Makes `by` slots sure, or as many as there may be.
+    fn grow(&self, free: &mut Free, by: u32) -> std::io::Result<()> {
+        let next = free.fresh.start;
+        if next < free.sure || free.fresh.is_empty() {
             return Ok(());
         }
-        let grown = (free.fresh.start + STEP).min(self.total);
+        if next < free.grown {
+            // A file whose slots get their places when they are written.
+            free.sure = (next + LOOK).min(free.grown);
+            return Ok(());
+        }
+        let grown = (next + by).min(self.total);
         let file = self.file.dup()?;
-        let (from, to) = (u64::from(free.grown) * SLOT_BYTES, u64::from(grown) * SLOT_BYTES);
+        let (from, to) = (u64::from(next) * SLOT_BYTES, u64::from(grown) * SLOT_BYTES);
         // What has its place on the disk is written without a thread of the kernel's that looks for one.
         match fallocate(&file, FallocateFlags::empty(), from.cast_signed(), (to - from).cast_signed()) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => file.set_len(to)?,
-            done => done?,
+            Ok(()) => free.sure = grown,
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
+                file.set_len(to)?;
+                free.sure = (next + LOOK).min(grown);
+            }
+            Err(e) => {
+                // Some of it may have been taken, and nothing is to be gained by it: should it not be given back, it is taken later.
+                let _ = file.set_len(from);
+                return Err(e.into());
+            }
         }
         free.grown = grown;
         Ok(())
@@ -228,16 +252,30 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let (room, _) = Room::of(file(&dir), 700).expect("room");
         let some = numbers(&room, 10);
-        room.full.store(true, Ordering::Relaxed);
+        room.spare.store(0, Ordering::Relaxed);
+        // What has its place is used.
         let more = numbers(&room, 700);
-        assert_eq!((more.len(), room.limit()), (LOOK as usize - 10, LOOK));
+        assert_eq!((more.len(), room.limit()), (STEP as usize - 10, STEP));
         drop((some, more));
-        assert_eq!(numbers(&room, 700).len(), LOOK as usize);
+        assert_eq!(numbers(&room, 700).len(), STEP as usize);
         // It looks again after a while.
-        room.full.store(false, Ordering::Relaxed);
+        room.spare.store(u64::MAX, Ordering::Relaxed);
         for _ in 0..LOOK {
             drop(room.take());
         }
         assert_eq!((room.limit(), numbers(&room, 900).len()), (700, 700));
+    }
+
+    #[test]
+    fn no_more_is_taken_than_the_file_system_has_to_spare() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (room, _) = Room::of(file(&dir), 700).expect("room");
+        room.spare.store(u64::from(LOOK) * SLOT_BYTES - 1, Ordering::Relaxed);
+        assert_eq!(numbers(&room, 9).len(), 0, "so little is not worth it");
+        room.spare.store(100 * SLOT_BYTES, Ordering::Relaxed);
+        let first = numbers(&room, 100);
+        assert_eq!((first.len(), room.file.size().expect("size")), (100, 100 * SLOT_BYTES));
+        room.spare.store(0, Ordering::Relaxed);
+        assert_eq!((numbers(&room, 1).len(), room.limit()), (0, 100));
     }
 }

@@ -54,7 +54,7 @@ pub const MAX_PART_BYTES: usize = 32 << 20;
 /// Bytes of a part while the map is small: few of them are in memory at a time, when a volume is attached and when it is written.
 const PART_BYTES: usize = 4 << 20;
 /// A larger map has larger parts, so that a manifest names few.
-const MANY_PARTS: usize = 256;
+const MANY_PARTS: u64 = 64;
 /// The largest part that is read: more than any setting writes.
 const MAX_READ_BYTES: usize = 256 << 20;
 /// The format's version.
@@ -292,17 +292,22 @@ fn cut(sizes: impl Iterator<Item = (u64, usize)>, max_part_bytes: usize) -> Vec<
     cuts
 }
 
+/// Bytes of a leaf's record.
+fn leaf_bytes(leaf: &Leaf) -> usize {
+    LEAF_RECORD + 8 * leaf.word_count()
+}
+
 /// The size of parts, in bytes, that a map is best written in, be it whole or as a delta.
 #[must_use]
 pub fn part_bytes(img: &BaseImage) -> usize {
-    (img.heap_bytes() as usize / MANY_PARTS).clamp(PART_BYTES, MAX_PART_BYTES)
+    let whole: u64 = img.leaves(0..u64::MAX).map(|(_, leaf)| leaf_bytes(leaf) as u64).sum();
+    ((whole / MANY_PARTS) as usize).clamp(PART_BYTES, MAX_PART_BYTES)
 }
 
 /// Encodes a full image in parts of at most `max_part_bytes` (at least [`MIN_PART_BYTES`] is taken).
 #[must_use]
 pub fn encode_full(img: &BaseImage, ident: Ident, max_part_bytes: usize) -> Parts<'_> {
-    let size = |leaf: &Leaf| LEAF_RECORD + 8 * leaf.word_count();
-    let cuts = cut(img.leaves(0..u64::MAX).map(|(l, leaf)| (l, size(leaf))), max_part_bytes);
+    let cuts = cut(img.leaves(0..u64::MAX).map(|(l, leaf)| (l, leaf_bytes(leaf))), max_part_bytes);
     Parts { ident, volume_blocks: img.volume_blocks(), source: PartSource::Full(img), cuts, next: 0 }
 }
 

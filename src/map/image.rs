@@ -205,11 +205,6 @@ impl BaseImage {
         self.shards.iter().map(|s| s.counts.mapped).sum()
     }
 
-    /// Bytes of memory that it takes, shared or not.
-    pub(super) fn heap_bytes(&self) -> u64 {
-        self.shards.iter().map(ShardBase::bytes).sum()
-    }
-
     /// Where a block is.
     #[must_use]
     pub fn lookup(&self, block: BlockNo) -> BaseState {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::{Background, Backoff, Event, PublishDone, Reply, lost, no_trouble, trouble};
 use crate::checksum::sha256_hex;
@@ -19,6 +20,8 @@ use crate::volume::snapshots::{self, Wanted};
 
 /// A checkpoint is due after this many chunks.
 const CHECKPOINT_CHUNKS: u64 = 1024;
+/// Parts that are in memory and on their way at a time.
+const PARTS_AT_ONCE: usize = 4;
 
 /// What a checkpoint is of.
 struct Cut {
@@ -204,13 +207,14 @@ pub(in crate::volume) async fn put_parts(
     parts: impl Iterator<Item = Bytes>,
     name: impl Fn(usize) -> String,
 ) -> Result<Vec<Part>> {
-    let mut out = Vec::new();
-    for (i, body) in parts.enumerate() {
+    let puts = parts.enumerate().map(|(i, body)| {
         let key = name(i);
-        out.push(Part { key: key.clone(), bytes: body.len() as u64, sha256: sha256_hex(&body) });
-        store.put(&format!("{prefix}{key}"), body).await?;
-    }
-    Ok(out)
+        async move {
+            let part = Part { key, bytes: body.len() as u64, sha256: sha256_hex(&body) };
+            store.put(&format!("{prefix}{}", part.key), body).await.map(|()| part)
+        }
+    });
+    stream::iter(puts).buffered(PARTS_AT_ONCE).try_collect().await
 }
 
 /// Writes a map as a full image of its own, by whoever has not attached the volume: no attachment's epoch is in the keys, which must not
