@@ -200,8 +200,9 @@ mod tests {
     fn a_full_list_of_any_width() {
         for d in 0..CHUNK_BITS {
             let far = (1 << d) - 1;
-            let raw =
-                |i: usize| (1 + if i % 3 == 0 { 0 } else { far - i as u64 % 2 * (far / 2) }) << INDEX_BITS | i as u64;
+            let raw = |i: usize| {
+                (1 + if i.is_multiple_of(3) { 0 } else { far - i as u64 % 2 * (far / 2) }) << INDEX_BITS | i as u64
+            };
             let words: Vec<u64> = (0..BLOCKS).map(|i| word(i, if i % 7 == 6 { 0 } else { raw(i) })).collect();
             assert_eq!(check(&words).form().bits(), BLOCK_BITS + d + 1 + INDEX_BITS);
         }
