@@ -77,6 +77,7 @@ demo: build
 bench: build
 	scripts/setup test guest bench peers
 	$(CARGO) bench --locked
+	scripts/bench/counts
 	scripts/bench/nbd
 	scripts/bench/s3
 	scripts/bench/import
