@@ -70,7 +70,7 @@ impl Known {
         for s in &m.snapshots {
             let Entry::Vacant(place) = self.snapshots.entry(s.id) else { continue };
             let image = load_checkpoint(store, &m.at_snapshot(s), s.checkpoint.as_ref()).await;
-            let image = image.map_err(|e| e.context(format!("reading the map of snapshot {:?}", s.name)))?.current;
+            let image = image.map_err(|e| e.context(format!("reading the map of snapshot {:?}", s.name)))?;
             place.insert(named_by(&image));
         }
         self.held = self.snapshots.values().flatten().copied().collect();
@@ -101,7 +101,7 @@ const _: () = assert!(HEADER_BLOCKS as usize * BLOCK == HEADER_ROOM);
 /// As [`Known::look_at_snapshots`], and those of reading the map.
 pub async fn look(store: &dyn Store, name: &str) -> Result<(Known, Orphans, Manifest)> {
     let m = Published::load(store, name).await?.manifest;
-    let image = load_checkpoint(store, &m, m.checkpoint.as_ref()).await?.current;
+    let image = load_checkpoint(store, &m, m.checkpoint.as_ref()).await?;
     let mut known = Known::new(image.volume_blocks());
     let last = m.last_chunk();
     let orphans = known.list(store, &m, last).await?;

@@ -9,25 +9,17 @@ use crate::checksum::sha256_hex;
 use crate::codec::CodecError;
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::checkpoint::{Expect, Ident, Part, PartKind, decode_part};
-use crate::map::{BaseImage, ImageBuilder};
+use crate::map::{BaseImage, ImageBuilder, Run};
 use crate::store::Store;
 use crate::units::BLOCK;
 
 const PARALLEL_PARTS: usize = 4;
 
-/// The volume's base map as its last checkpoint has it.
-pub(crate) struct Images {
-    /// The newest full image, without its delta: what the next delta is reckoned from.
-    pub full: BaseImage,
-    /// The map itself.
-    pub current: BaseImage,
-}
-
-/// Reads the checkpoint that the manifest names.
+/// Reads the checkpoint that the manifest names: the volume's base map as of then.
 ///
 /// # Errors
 /// `Corrupt` for a part that is missing or is not what the manifest says; the store's.
-pub(crate) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Images> {
+pub(crate) async fn load_image(store: &dyn Store, m: &Manifest) -> Result<BaseImage> {
     load_checkpoint(store, m, m.checkpoint.as_ref()).await
 }
 
@@ -35,51 +27,62 @@ pub(crate) async fn load_images(store: &dyn Store, m: &Manifest) -> Result<Image
 /// counts them, whoever wrote the image.
 ///
 /// # Errors
-/// As [`load_images`].
-pub(crate) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&Checkpoint>) -> Result<Images> {
+/// As [`load_image`].
+pub(crate) async fn load_checkpoint(store: &dyn Store, m: &Manifest, c: Option<&Checkpoint>) -> Result<BaseImage> {
     let blocks = m.size_bytes / BLOCK as u64;
-    let Some(c) = c else {
-        let empty = BaseImage::empty(blocks);
-        return Ok(Images { full: empty.clone(), current: empty });
-    };
-    let mut builder = ImageBuilder::new(blocks);
-    let mut parts = pin!(load_parts(store, m, &c.full, PartKind::Full));
+    let Some(c) = c else { return Ok(BaseImage::empty(blocks)) };
+    let builder = with_full(store, m, &c.full).await?;
+    with_delta(store, m, builder, c.delta.as_ref()).await?.finish().map_err(bad)
+}
+
+/// Reads the checkpoints of two states of one volume. What both have is read once, and takes memory once.
+///
+/// # Errors
+/// As [`load_image`].
+pub(crate) async fn load_pair(store: &dyn Store, one: &Manifest, other: &Manifest) -> Result<(BaseImage, BaseImage)> {
+    if let (Some(a), Some(b)) = (&one.checkpoint, &other.checkpoint)
+        && a.full == b.full
+        && one.size_bytes == other.size_bytes
+    {
+        let full = with_full(store, one, &a.full).await?.finish().map_err(bad)?;
+        let of_one = with_delta(store, one, ImageBuilder::over(full.clone()), a.delta.as_ref()).await?;
+        let of_other = with_delta(store, other, ImageBuilder::over(full), b.delta.as_ref()).await?;
+        return Ok((of_one.finish().map_err(bad)?, of_other.finish().map_err(bad)?));
+    }
+    Ok((load_image(store, one).await?, load_image(store, other).await?))
+}
+
+/// Reads what a checkpoint's delta lays over its full image, in order.
+///
+/// # Errors
+/// As [`load_image`].
+pub(crate) async fn load_delta(store: &dyn Store, m: &Manifest, delta: &Image) -> Result<Vec<Run>> {
+    let empty = ImageBuilder::new(m.size_bytes / BLOCK as u64);
+    with_delta(store, m, empty, Some(delta)).await?.finish_delta().map_err(bad)
+}
+
+async fn with_full(store: &dyn Store, m: &Manifest, full: &Image) -> Result<ImageBuilder> {
+    let mut builder = ImageBuilder::new(m.size_bytes / BLOCK as u64);
+    let mut parts = pin!(load_parts(store, m, full, PartKind::Full));
     while let Some(part) = parts.try_next().await? {
         builder.full_part(part).map_err(bad)?;
     }
-    let full = builder.finish().map_err(bad)?;
-    over(store, m, full, c.delta.as_ref()).await
+    Ok(builder)
 }
 
-/// The map that the manifest names, beside another state of the same volume, which was read already: what both have is not read
-/// again, and takes no memory of its own.
-///
-/// # Errors
-/// As [`load_images`].
-pub(crate) async fn load_beside(
+async fn with_delta(
     store: &dyn Store,
     m: &Manifest,
-    known: Option<(&Checkpoint, &Images)>,
-) -> Result<Images> {
-    match (&m.checkpoint, known) {
-        (Some(c), Some((k, images)))
-            if c.full == k.full && images.full.volume_blocks() == m.size_bytes / BLOCK as u64 =>
-        {
-            over(store, m, images.full.clone(), c.delta.as_ref()).await
+    mut builder: ImageBuilder,
+    delta: Option<&Image>,
+) -> Result<ImageBuilder> {
+    if let Some(delta) = delta {
+        let mut parts = pin!(load_parts(store, m, delta, PartKind::Delta));
+        while let Some(part) = parts.try_next().await? {
+            builder.delta_part(part).map_err(bad)?;
         }
-        _ => load_images(store, m).await,
     }
-}
-
-/// A whole image, and its delta laid over it.
-async fn over(store: &dyn Store, m: &Manifest, full: BaseImage, delta: Option<&Image>) -> Result<Images> {
-    let Some(delta) = delta else { return Ok(Images { current: full.clone(), full }) };
-    let mut builder = ImageBuilder::over(full.clone());
-    let mut parts = pin!(load_parts(store, m, delta, PartKind::Delta));
-    while let Some(part) = parts.try_next().await? {
-        builder.delta_part(part).map_err(bad)?;
-    }
-    Ok(Images { current: builder.finish().map_err(bad)?, full })
+    Ok(builder)
 }
 
 fn bad(e: CodecError) -> Error {
@@ -128,7 +131,7 @@ async fn load_part(store: &dyn Store, m: &Manifest, image: &Image, kind: PartKin
     decoded.map_err(|e| Error::from(e).context(format!("reading checkpoint part {key}")))
 }
 
-/// Every part of the checkpoint that cannot be used, with the reason: [`load_images`] stops at the first.
+/// Every part of the checkpoint that cannot be used, with the reason: [`load_image`] stops at the first.
 ///
 /// # Errors
 /// The store's, and those of a newer program's parts.

@@ -1,7 +1,8 @@
 //! Checkpoint parts put together to a base image.
 
 use super::checkpoint::{Part, PartKind, bad, same};
-use super::image::{BaseImage, Run};
+use super::image::BaseImage;
+use super::runs::Run;
 use crate::codec::CodecError;
 
 /// Puts an image together from its parts, which may come in any order.
@@ -91,21 +92,36 @@ impl ImageBuilder {
     ///
     /// # Errors
     /// When parts are missing. Without any full part the image starts empty: the delta alone counts.
-    pub fn finish(mut self) -> Result<BaseImage, CodecError> {
+    pub fn finish(self) -> Result<BaseImage, CodecError> {
+        let (mut img, delta) = self.whole()?;
+        delta.iter().for_each(|runs| img.apply_runs(runs));
+        Ok(img)
+    }
+
+    /// What the delta alone changes, in order.
+    ///
+    /// # Errors
+    /// When parts are missing.
+    pub fn finish_delta(self) -> Result<Vec<Run>, CodecError> {
+        Ok(self.whole()?.1.concat())
+    }
+
+    /// The full image, and the delta part by part.
+    fn whole(mut self) -> Result<(BaseImage, Vec<Vec<Run>>), CodecError> {
         for (seen, name) in [(&self.full, "full image"), (&self.delta, "delta")] {
             if !seen.whole() {
                 return Err(bad(format!("{} of {} parts of the {name} are there", seen.come.len(), seen.parts)));
             }
         }
         self.runs.sort_unstable_by_key(|r| r.0);
+        let runs: Vec<Vec<Run>> = self.runs.into_iter().map(|(_, runs)| runs).collect();
         let mut end = 0;
-        for (_, runs) in &self.runs {
-            if runs.first().is_some_and(|r| r.block.0 < end) {
+        for r in &runs {
+            if r.first().is_some_and(|r| r.block.0 < end) {
                 return Err(bad("the delta's parts overlap"));
             }
-            end = runs.last().map_or(end, Run::end);
-            self.img.apply_runs(runs);
+            end = r.last().map_or(end, Run::end);
         }
-        Ok(self.img)
+        Ok((self.img, runs))
     }
 }

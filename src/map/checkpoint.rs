@@ -43,9 +43,10 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::image::{BaseImage, Run};
+use super::image::BaseImage;
 use super::leaf::{BLOCKS, Leaf};
 use super::location::{Location, MAX_SOURCE};
+use super::runs::Run;
 use crate::codec::CodecError;
 use crate::units::{BlockNo, LEAF_BLOCKS, MAX_VOLUME_BYTES};
 

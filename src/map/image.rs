@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::leaf::{BLOCKS, Leaf};
 use super::location::Location;
+use super::runs::{Run, RunMaker};
 use super::{BaseState, GroupExtent, LeafForms};
 use crate::units::{BlockNo, LEAF_BLOCKS};
 
@@ -130,46 +131,6 @@ pub(crate) const fn place(leaf: u64) -> (usize, usize) {
     ((leaf % SHARDS as u64) as usize, (leaf / SHARDS as u64) as usize)
 }
 
-/// A stretch of the volume whose mapping is, or becomes, one thing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    /// The first block.
-    pub block: BlockNo,
-    /// Number of blocks, at least one.
-    pub blocks: u32,
-    /// `None`: unmapped. Some: consecutive indices from there.
-    pub to: Option<Location>,
-}
-
-impl Run {
-    /// The block after the last.
-    pub(crate) const fn end(&self) -> u64 {
-        self.block.0 + self.blocks as u64
-    }
-}
-
-/// Gathers stretches into the fewest runs.
-struct RunMaker(Vec<Run>);
-
-impl RunMaker {
-    fn push(&mut self, block: u64, raw: u64) {
-        let to = Location::from_raw(raw);
-        if let Some(last) = self.0.last_mut() {
-            let n = u64::from(last.blocks);
-            let goes_on = match (last.to, to) {
-                (Some(a), Some(b)) => a.leads_to(n, b),
-                (None, None) => last.blocks < u32::MAX,
-                _ => false,
-            };
-            if last.block.0 + n == block && goes_on {
-                last.blocks += 1;
-                return;
-            }
-        }
-        self.0.push(Run { block: BlockNo(block), blocks: 1, to });
-    }
-}
-
 /// The whole base map at one moment: cheap to take, cheap to clone, never changed by the maps.
 #[derive(Clone)]
 pub struct BaseImage {
@@ -275,9 +236,15 @@ impl BaseImage {
         })
     }
 
-    /// The same map of a volume of another size: what lies behind a nearer end is left out.
+    /// The same map of a volume of another size: what lies behind a nearer end is left out. A larger one shares its pages.
     #[must_use]
     pub fn resized(&self, volume_blocks: u64) -> Self {
+        if volume_blocks >= self.volume_blocks {
+            let mut new = Self { shards: self.shards.clone(), volume_blocks };
+            let leaves = new.leaf_count();
+            new.shards.iter_mut().for_each(|s| s.grow(leaves));
+            return new;
+        }
         let mut new = Self::empty(volume_blocks);
         for (l, leaf) in self.leaves(0..new.leaf_count()) {
             let end = (volume_blocks - l * LEAF_BLOCKS).min(LEAF_BLOCKS) as usize;
@@ -291,7 +258,7 @@ impl BaseImage {
     /// What turns `old` into `new`: the fewest runs, in order. Shared pages cost nothing.
     #[must_use]
     pub fn diff(old: &Self, new: &Self) -> Vec<Run> {
-        let mut out = RunMaker(Vec::new());
+        let mut out = RunMaker::default();
         let leaves = old.leaf_count().max(new.leaf_count());
         for row in 0..leaves.div_ceil(ROW_LEAVES) {
             let changed = Self::changed_shards(old, new, row);
@@ -305,12 +272,13 @@ impl BaseImage {
                 }
                 for (i, (from, to)) in a.flat().into_iter().zip(b.flat()).enumerate() {
                     if from != to {
-                        out.push(l * LEAF_BLOCKS + i as u64, to);
+                        let block = BlockNo(l * LEAF_BLOCKS + i as u64);
+                        out.push(Run { block, blocks: 1, to: Location::from_raw(to) });
                     }
                 }
             }
         }
-        out.0
+        out.done()
     }
 
     /// Of each shard, whether its page of this row is not the same one in both.

@@ -35,6 +35,7 @@ mod location;
 mod moves;
 mod overlay;
 mod pieces;
+mod runs;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -52,9 +53,10 @@ use pieces::Pieces;
 
 pub use builder::ImageBuilder;
 pub use changes::{Change, ChangeKind, Difference};
-pub use image::{BaseImage, Run};
+pub use image::BaseImage;
 pub use location::{Location, MAX_CHUNK, MAX_SOURCE};
 pub use moves::Move;
+pub use runs::{Run, laid_over};
 pub use types::{
     BaseState, Entry, EntryKind, GroupExtent, GroupUpdate, LeafForms, LogBlock, MapStats, Piece, PinLog, Source,
 };

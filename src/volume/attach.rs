@@ -14,7 +14,7 @@ use super::boot::BootOf;
 use super::recover::checkpoint_end;
 use super::stale::check_log;
 use super::start::{Place, prepare_slots, start_log};
-use super::take::{By, LogSays, look, take};
+use super::take::{By, Found, LogSays, look, take};
 use super::{Parts, ReadRequest, Volume};
 use crate::chunk::reader::ChunkReader;
 use crate::config::FlushTo;
@@ -169,8 +169,8 @@ pub async fn attach<D: Disk + Clone, T: Timer>(
     if let Some(of) = BootOf::clone_of(&published.manifest) {
         attached.volume.set_boot(of);
     }
-    let full_image = taken.full_image();
-    attached.background.take_up(Holding { published, superblock: sb, end: taken.end, full_image });
+    let Found { checkpoint_image, end, .. } = taken;
+    attached.background.take_up(Holding { published, superblock: sb, end, checkpoint_image });
     Ok(attached)
 }
 

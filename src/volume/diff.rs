@@ -24,7 +24,7 @@ use super::snapshots::not_deleting;
 use crate::chunk::header::{ChunkHeader, ExtentKind};
 use crate::chunk::reader::ChunkReader;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::images::{load_beside, load_images};
+use crate::manifest::images::load_pair;
 use crate::manifest::{self, Manifest, Published};
 use crate::map::{BaseImage, BaseState, Change, Run};
 use crate::store::Store;
@@ -108,10 +108,7 @@ impl Pair {
     /// # Errors
     /// `Corrupt` for a damaged map; the store's.
     pub async fn compare(&self, store: &Arc<dyn Store>) -> Result<Diff> {
-        let one = load_images(&**store, &self.from).await?;
-        let known = self.from.checkpoint.as_ref().map(|c| (c, &one));
-        let other = load_beside(&**store, &self.to, known).await?;
-        let (from, to) = (one.current, other.current);
+        let (from, to) = load_pair(&**store, &self.from, &self.to).await?;
         let base = Base::over(store, &self.to, to.clone());
         let (a, b) = (place_in_history(&self.from), place_in_history(&self.to));
         Ok(if a <= b {

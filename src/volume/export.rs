@@ -18,7 +18,7 @@ use crate::chunk::reader::{ChunkReader, Keys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::ImageSink;
 use crate::manifest::Manifest;
-use crate::manifest::images::load_images;
+use crate::manifest::images::load_image;
 use crate::map::{BaseImage, Location};
 use crate::store::Store;
 use crate::units::{BLOCK, BlockNo};
@@ -43,7 +43,7 @@ impl Base {
     /// # Errors
     /// `Corrupt` for a damaged checkpoint; the store's.
     pub async fn of(store: &Arc<dyn Store>, m: &Manifest) -> Result<Self> {
-        let map = load_images(&**store, m).await?.current;
+        let map = load_image(&**store, m).await?;
         Ok(Self::over(store, m, map))
     }
 

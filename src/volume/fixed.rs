@@ -17,7 +17,7 @@ use crate::disk::uring::{TokioTimer, UringDisk};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::gc::Policy;
 use crate::manifest::Published;
-use crate::manifest::images::load_images;
+use crate::manifest::images::load_image;
 use crate::map::Maps;
 use crate::store::Store;
 use crate::units::{SECTOR, Seq};
@@ -40,9 +40,8 @@ pub(super) async fn open(
     let entry = published.manifest.snapshot(snapshot)?;
     let of = BootOf::snapshot(&published.manifest, entry);
     let m = published.manifest.at_snapshot(entry);
-    let images = load_images(store, &m).await?;
     let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
-    maps.load_base(&images.current);
+    maps.load_base(&load_image(store, &m).await?);
 
     // Another process may serve the same snapshot.
     let log_path = &log_path.with_extension(format!("{}.tmp", std::process::id()));

@@ -63,7 +63,7 @@ pub use report::{LogFate, Lost, ManifestState, MapFrom, Report};
 use super::attach::utc;
 use super::recover::{StoreEnd, checkpoint_end};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::images::load_images;
+use crate::manifest::images::load_image;
 use crate::manifest::{self, Checkpoint, FirstOwned, Manifest, Writer};
 use crate::map::Maps;
 use crate::store::Store;
@@ -178,9 +178,9 @@ impl Job<'_> {
         }
         let mut notes = Vec::new();
         let maps = Maps::new(m.size_bytes / SECTOR as u64);
-        let (start, map_from) = match load_images(self.store, m).await {
-            Ok(images) => {
-                maps.load_base(&images.current);
+        let (start, map_from) = match load_image(self.store, m).await {
+            Ok(image) => {
+                maps.load_base(&image);
                 (checkpoint_end(m), MapFrom::Checkpoint)
             }
             Err(e) if e.kind() == ErrorKind::Corrupt => {

@@ -7,7 +7,7 @@
 use super::background::checkpoint::put_unattached;
 use super::snapshots::not_deleting;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::images::load_images;
+use crate::manifest::images::load_image;
 use crate::manifest::{self, Checkpoint, Manifest, Published};
 use crate::map::Run;
 use crate::store::Store;
@@ -74,7 +74,7 @@ pub async fn resize(store: &dyn Store, name: &str, opts: &Options) -> Result<Man
 async fn cut(store: &dyn Store, m: &Manifest, opts: &Options) -> Result<Option<Checkpoint>> {
     let Some(c) = &m.checkpoint else { return Ok(None) };
     let blocks = opts.size_bytes / BLOCK as u64;
-    let map = load_images(store, m).await?.current;
+    let map = load_image(store, m).await?;
     let behind: u64 = map.runs().map(|r| r.block.0 + u64::from(r.blocks)).max().unwrap_or(0);
     if behind > blocks && !opts.discard_tail {
         let lost: u64 = map.runs().filter_map(|r| behind_end(&r, blocks)).sum();

@@ -220,14 +220,14 @@ impl<D: Disk> Taking<D> {
             Ok(found) => found,
             Err(e) => return Ok(Err(e)),
         };
-        let (end, full_image) = (found.end, found.full_image());
+        let (end, checkpoint_image) = (found.end, found.checkpoint_image);
         // Before the first reader can meet a location.
         self.reader.keys().set(&published.manifest);
         self.volume.maps.load_base(&found.maps.base_image());
         self.volume.maps.drop_overlay_through(end.through);
         self.volume.log.retire(end.through);
         tracing::info!("volume {:?} is confirmed: epoch {}", published.manifest.name, published.manifest.epoch);
-        Ok(Ok(Holding { published, superblock: self.sb.clone(), end, full_image }))
+        Ok(Ok(Holding { published, superblock: self.sb.clone(), end, checkpoint_image }))
     }
 
     /// The store must have nothing that the log had not, or numbers were given out twice.

@@ -316,7 +316,7 @@ pub(super) async fn borrowers(store: &dyn Store, m: &Manifest) -> Result<Vec<Str
         let Some(c) = &s.checkpoint else { continue };
         let borrows = c.is_borrowed() || {
             let image = load_checkpoint(store, &m.at_snapshot(s), Some(c)).await;
-            let image = image.map_err(|e| e.context(format!("reading the map of snapshot {:?}", s.name)))?.current;
+            let image = image.map_err(|e| e.context(format!("reading the map of snapshot {:?}", s.name)))?;
             image.runs().any(|r| r.to.is_some_and(|at| at.source() != 0))
         };
         if borrows {

@@ -22,7 +22,7 @@ use super::recover::{StoreEnd, apply_groups, checkpoint_end, newer_chunks};
 use super::snapshots::{not_deleting, still_there};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::images::{Images, load_images};
+use crate::manifest::images::load_image;
 use crate::manifest::{EpochEntry, FirstOwned, Manifest, Published, prefix};
 use crate::map::{BaseImage, Maps};
 use crate::store::{Store, probe};
@@ -46,19 +46,12 @@ pub(super) struct LogSays {
 
 /// What the store has of a volume.
 pub(super) struct Found {
-    /// The newest full image, and the one with its delta.
-    images: Images,
+    /// The map as of the last checkpoint.
+    pub checkpoint_image: BaseImage,
     /// The volume's base, with all whole groups.
     pub maps: Arc<Maps>,
     /// Where the whole groups end.
     pub end: StoreEnd,
-}
-
-impl Found {
-    /// The newest full image, without its delta.
-    pub(super) fn full_image(&self) -> BaseImage {
-        self.images.full.clone()
-    }
 }
 
 /// Step 1. Nothing is changed.
@@ -68,9 +61,9 @@ impl Found {
 pub(super) async fn look(store: &dyn Store, m: &Manifest, log: LogSays) -> Result<Found> {
     not_deleting(m)?;
     still_there(store, m).await?;
-    let images = load_images(store, m).await?;
-    let (maps, end) = find_groups(store, m, &images, log.packed).await?;
-    Ok(Found { images, maps, end })
+    let checkpoint_image = load_image(store, m).await?;
+    let (maps, end) = find_groups(store, m, &checkpoint_image, log.packed).await?;
+    Ok(Found { checkpoint_image, maps, end })
 }
 
 /// What one takes a volume by.
@@ -140,7 +133,7 @@ pub(super) async fn take<D: Disk, T: Timer>(
 
     // A host that was alive until just now may have finished a group since the look; one that is dead has it in the log.
     if !clean && !log.ours {
-        (found.maps, found.end) = find_groups(store, &before, &found.images, log.packed).await?;
+        (found.maps, found.end) = find_groups(store, &before, &found.checkpoint_image, log.packed).await?;
     }
     if published.manifest.history.last().is_none_or(|e| e.first.is_none()) {
         publish_first(published, store, &found.end).await?;
@@ -149,9 +142,14 @@ pub(super) async fn take<D: Disk, T: Timer>(
     Ok(found)
 }
 
-async fn find_groups(store: &dyn Store, m: &Manifest, images: &Images, packed: Seq) -> Result<(Arc<Maps>, StoreEnd)> {
+async fn find_groups(
+    store: &dyn Store,
+    m: &Manifest,
+    checkpoint: &BaseImage,
+    packed: Seq,
+) -> Result<(Arc<Maps>, StoreEnd)> {
     let maps = Arc::new(Maps::new(m.size_bytes / SECTOR as u64));
-    maps.load_base(&images.current);
+    maps.load_base(checkpoint);
     let clean = m.writer.is_none();
     let end = if clean {
         let mut end = checkpoint_end(m);

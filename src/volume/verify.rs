@@ -19,7 +19,7 @@ use crate::chunk::header::ChunkHeader;
 use crate::chunk::reader::Keys;
 use crate::chunk::verify::{Checked, Mapped, check};
 use crate::error::{Error, ErrorKind, Result};
-use crate::manifest::images::{Images, damaged_parts, load_images};
+use crate::manifest::images::{damaged_parts, load_image};
 use crate::manifest::{self, Manifest, Published};
 use crate::map::{BaseImage, Maps};
 use crate::store::Store;
@@ -116,8 +116,8 @@ async fn find_base(store: &dyn Store, m: &Manifest, report: &mut Report) -> Resu
     Ok(Some(image))
 }
 
-async fn find_checkpoint(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<Images>> {
-    match load_images(store, m).await {
+async fn find_checkpoint(store: &dyn Store, m: &Manifest, report: &mut Report) -> Result<Option<BaseImage>> {
+    match load_image(store, m).await {
         Err(e) if e.kind() == ErrorKind::Corrupt => {}
         loaded => return loaded.map(Some),
     }
@@ -128,7 +128,7 @@ async fn find_checkpoint(store: &dyn Store, m: &Manifest, report: &mut Report) -
         return Ok(None);
     }
     // Each part is good now: it was a bit on the way, or they do not fit together.
-    match load_images(store, m).await {
+    match load_image(store, m).await {
         Err(e) if e.kind() == ErrorKind::Corrupt => {
             let folder = format!("{}checkpoints/", manifest::prefix(&m.name));
             report.damage.push(Damage::of_object(DamageKind::Checkpoint, folder, e.to_string()));
@@ -138,9 +138,9 @@ async fn find_checkpoint(store: &dyn Store, m: &Manifest, report: &mut Report) -
     }
 }
 
-fn base_maps(m: &Manifest, images: &Images) -> Maps {
+fn base_maps(m: &Manifest, checkpoint: &BaseImage) -> Maps {
     let maps = Maps::new(m.size_bytes / SECTOR as u64);
-    maps.load_base(&images.current);
+    maps.load_base(checkpoint);
     maps
 }
 
@@ -149,12 +149,12 @@ async fn find_groups(
     store: &dyn Store,
     prefix: &str,
     m: &Manifest,
-    images: &Images,
+    checkpoint: &BaseImage,
     report: &mut Report,
 ) -> Result<(Maps, StoreEnd)> {
     let mut look = 1;
     let found = loop {
-        let found = look_for_groups(store, prefix, m, images).await?;
+        let found = look_for_groups(store, prefix, m, checkpoint).await?;
         if found.damage.is_empty() || look == LOOKS {
             break found;
         }
@@ -181,8 +181,8 @@ struct Groups {
     left_out: Option<String>,
 }
 
-async fn look_for_groups(store: &dyn Store, prefix: &str, m: &Manifest, images: &Images) -> Result<Groups> {
-    let (maps, mut end) = (base_maps(m, images), checkpoint_end(m));
+async fn look_for_groups(store: &dyn Store, prefix: &str, m: &Manifest, checkpoint: &BaseImage) -> Result<Groups> {
+    let (maps, mut end) = (base_maps(m, checkpoint), checkpoint_end(m));
     let keys = newer_chunks(store, prefix, m, &mut end).await?;
     let looked: Vec<_> =
         stream::iter(&keys).map(|key| newer_header(store, m, key)).buffered(PARALLEL_HEADERS).collect().await;

@@ -264,6 +264,41 @@ fn full_images_and_deltas_say_the_same() {
     assert!(full >= 2 && delta >= 2, "{full} full images, {delta} deltas");
 }
 
+/// A delta is reckoned from the one before, as the store has it. Where that was damaged meanwhile, a full image needs none.
+#[test]
+fn a_delta_that_was_damaged_meanwhile_ends_with_the_next_checkpoint() {
+    let bench = Bench::new(8 << 20);
+    let delta = || manifest(&bench).checkpoint.unwrap().delta;
+    // Every other block, so that the full image is large and a delta worth its while.
+    let lives: [&[(u64, u8)]; 3] =
+        [&(0..600).map(|i| (i * 2, 1)).collect::<Vec<_>>(), &[(0, 2), (1, 2), (2, 2)], &[(1, 3), (40, 3)]];
+    for (life, blocks) in lives.iter().enumerate() {
+        let host = bench.attach().unwrap();
+        on_lane(host.volume(), async |e| {
+            for &(block, fill) in *blocks {
+                put(&e, block, 1, fill).await;
+            }
+        });
+        if life == 2 {
+            let part = delta().expect("a few blocks make a delta").parts[0].key.clone();
+            let path = bench.dir.path().join("store/vol").join(part);
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[90] ^= 1;
+            fs::write(&path, bytes).unwrap();
+        }
+        host.detach().unwrap();
+    }
+    assert!(delta().is_none());
+    bench.wipe_local();
+    let host = bench.attach().unwrap();
+    on_lane(host.volume(), async |e| {
+        for (block, fill) in [(0, 2), (1, 3), (2, 2), (3, 0), (4, 1), (39, 0), (40, 3), (1198, 1)] {
+            assert_eq!(get(&e, block).await, Ok(fill), "block {block}");
+        }
+    });
+    host.detach().unwrap();
+}
+
 /// A checkpoint comes by itself after 1024 chunks, beside the volume's life, and the store alone holds what it says.
 #[test]
 fn a_checkpoint_comes_by_itself() {

@@ -9,9 +9,10 @@ use super::{Background, Backoff, Event, PublishDone, Reply, lost, no_trouble, tr
 use crate::checksum::sha256_hex;
 use crate::disk::Disk;
 use crate::error::{ErrorKind, Result};
+use crate::manifest::images::load_delta;
 use crate::manifest::{Checkpoint, Image, Manifest, NO_ATTACHMENT, Part, Published, part_key, prefix};
-use crate::map::BaseImage;
 use crate::map::checkpoint::{Ident, encode_delta, encode_full, part_bytes};
+use crate::map::{BaseImage, Run, laid_over};
 use crate::store::Store;
 use crate::time::Timer;
 use crate::units::{BLOCK, ChunkNo, GroupNo, Nonce, Seq};
@@ -29,7 +30,8 @@ struct Cut {
     through: Seq,
     last_chunk: ChunkNo,
     image: BaseImage,
-    full_before: BaseImage,
+    /// The map as of the checkpoint before.
+    before: BaseImage,
     number: u64,
     release: bool,
     /// An image of a parent's is not to be named any more.
@@ -62,7 +64,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             through: self.applied_seq,
             last_chunk: self.applied_chunk,
             image: self.volume.maps.base_image(),
-            full_before: self.full_image.clone(),
+            before: self.checkpoint_image.clone(),
             number: self.next_checkpoint,
             release,
             own: self.wants_own_images(),
@@ -80,10 +82,10 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
                     break PublishDone::Stopped;
                 }
                 match checkpoint(&volume, &store, &prefix, &mut published, &cut).await {
-                    Ok(full) => {
+                    Ok(()) => {
                         no_trouble(&volume);
                         let Cut { image, group, release, .. } = cut;
-                        break PublishDone::Done { full, image, group, released: release };
+                        break PublishDone::Done { image, group, released: release };
                     }
                     Err(e) if e.kind() == ErrorKind::Fenced => break PublishDone::Fenced(e),
                     Err(e) => trouble(&volume, "publishing a checkpoint", &e),
@@ -98,12 +100,11 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.published = Some(published);
         let mut result = Ok(());
         match done {
-            PublishDone::Done { full, image, group, released } => {
+            PublishDone::Done { image, group, released } => {
+                // The same map, even where no new checkpoint was needed: nothing but groups and batches of chunks changes it.
+                self.checkpoint_image = image.clone();
                 if let Some(p) = &self.published {
                     self.gc.note_published(&p.manifest, image);
-                }
-                if let Some(full) = full {
-                    self.full_image = full;
                 }
                 self.checkpoint_group = group;
                 if released {
@@ -135,45 +136,58 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
     }
 }
 
-/// Writes and publishes one checkpoint. Returns the new full image if it wrote one.
+/// Writes and publishes one checkpoint, if there is anything new.
 async fn checkpoint(
     volume: &Volume,
     store: &Arc<dyn Store>,
     prefix: &str,
     published: &mut Published,
     cut: &Cut,
-) -> Result<Option<BaseImage>> {
+) -> Result<()> {
     let m = &published.manifest;
     let fold = cut.own && m.checkpoint.as_ref().is_some_and(Checkpoint::is_borrowed);
     if !fold && m.checkpoint.as_ref().is_some_and(|c| c.group == cut.group && c.last_chunk == cut.last_chunk)
         || m.checkpoint.is_none() && cut.group.0 == 0
     {
         // Nothing new to write; a release, or a snapshot of what is there, still has to be published.
-        publish(&**store, published, cut, |_| ()).await?;
-        return Ok(None);
+        return publish(&**store, published, cut, |_| ()).await;
     }
     let ident = Ident { volume: m.uuid, number: cut.number };
     let blocks = volume.size_bytes() / BLOCK as u64;
     let name = |part: usize| part_key(cut.number, m.epoch, m.nonce, part);
     let part = part_bytes(&cut.image);
-    let delta = m.checkpoint.as_ref().map(|c| (c, BaseImage::diff(&cut.full_before, &cut.image)));
-    let small = !fold
-        && delta
-            .as_ref()
-            .is_some_and(|(c, runs)| encode_delta(runs, blocks, ident, part).total_bytes() * 4 <= c.full.bytes());
-    let (full, delta, new_full) = match delta {
-        Some((c, runs)) if small => {
+    let small = |runs: &[Run], full: &Image| encode_delta(runs, blocks, ident, part).total_bytes() * 4 <= full.bytes();
+    let delta = match &m.checkpoint {
+        Some(c) if !fold => delta_since(&**store, m, c, cut).await?.filter(|runs| small(runs, &c.full)).map(|r| (c, r)),
+        _ => None,
+    };
+    let (full, delta) = match delta {
+        Some((c, runs)) => {
             let parts = put_parts(&**store, prefix, encode_delta(&runs, blocks, ident, part), name).await?;
-            (c.full.clone(), Some(Image { number: cut.number, parts, source: 0 }), None)
+            (c.full.clone(), Some(Image { number: cut.number, parts, source: 0 }))
         }
-        _ => {
+        None => {
             let parts = put_parts(&**store, prefix, encode_full(&cut.image, ident, part), name).await?;
-            (Image { number: cut.number, parts, source: 0 }, None, Some(cut.image.clone()))
+            (Image { number: cut.number, parts, source: 0 }, None)
         }
     };
     let next = Checkpoint { group: cut.group, through: cut.through, last_chunk: cut.last_chunk, full, delta };
-    publish(&**store, published, cut, |m| m.checkpoint = Some(next)).await?;
-    Ok(new_full)
+    publish(&**store, published, cut, |m| m.checkpoint = Some(next)).await
+}
+
+/// What the cut changes in the last checkpoint's full image: what that one's delta does, which is read back rather than kept in
+/// memory, and what has changed since. `None` when that delta cannot be read: a full image needs none.
+async fn delta_since(store: &dyn Store, m: &Manifest, c: &Checkpoint, cut: &Cut) -> Result<Option<Vec<Run>>> {
+    let since = BaseImage::diff(&cut.before, &cut.image);
+    let Some(delta) = &c.delta else { return Ok(Some(since)) };
+    match load_delta(store, m, delta).await {
+        Ok(until) => Ok(Some(laid_over(&until, &since))),
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {
+            tracing::warn!("the last checkpoint of volume {:?} is damaged, the next one has a full image: {e}", m.name);
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// Publishes what a cut changes in the manifest.

@@ -117,7 +117,7 @@ pub(super) enum Event {
 /// How a checkpoint, a release or another change of the manifest ended.
 pub(super) enum PublishDone {
     /// The manifest says so.
-    Done { full: Option<BaseImage>, image: BaseImage, group: GroupNo, released: bool },
+    Done { image: BaseImage, group: GroupNo, released: bool },
     /// Something else was changed, or not.
     Changed(Result<()>),
     /// Another host has the volume.
@@ -190,7 +190,8 @@ pub struct Background<D: Disk, T: Timer> {
     pace: Option<f64>,
     last_retired: Duration,
 
-    full_image: BaseImage,
+    /// What the next delta is reckoned from: the map as of the last checkpoint. It shares all pages that have not changed since.
+    checkpoint_image: BaseImage,
     trouble_since: Option<Duration>,
     checkpoint_group: GroupNo,
     next_checkpoint: u64,
@@ -235,8 +236,8 @@ pub(super) struct Holding {
     pub superblock: SuperblockFile,
     /// What the store holds; the maps have it.
     pub end: StoreEnd,
-    /// The newest full image, without its delta.
-    pub full_image: BaseImage,
+    /// The map as of the last checkpoint.
+    pub checkpoint_image: BaseImage,
 }
 
 impl<D: Disk + Clone, T: Timer> Background<D, T> {
@@ -254,7 +255,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
             packed_durable: Seq(0),
             published: None,
             superblock: None,
-            full_image: BaseImage::empty(0),
+            checkpoint_image: BaseImage::empty(0),
             volume,
             store,
             disk,
@@ -300,7 +301,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
 
     /// The volume is ours: from here on it is packed and published. Its maps have the base, and its reader the keys.
     pub(super) fn take_up(&mut self, holding: Holding) {
-        let Holding { published, superblock, end, full_image } = holding;
+        let Holding { published, superblock, end, checkpoint_image } = holding;
         let m = &published.manifest;
         let checkpoint = m.checkpoint.as_ref();
         self.epoch = m.epoch;
@@ -314,7 +315,7 @@ impl<D: Disk + Clone, T: Timer> Background<D, T> {
         self.applied = end.group;
         self.applied_seq = end.through;
         self.applied_chunk = end.last_chunk;
-        self.full_image = full_image;
+        self.checkpoint_image = checkpoint_image;
         let is_published = end.group == self.checkpoint_group && m.after_checkpoint().chunk == self.next_chunk;
         let image = is_published.then(|| self.volume.maps.base_image());
         self.gc.begin(m, image, self.timer.now(), &self.volume.gc);

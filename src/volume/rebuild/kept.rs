@@ -15,7 +15,7 @@ use crate::chunk::header;
 use crate::chunk::pack::map_extents;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::sweep::copies;
-use crate::manifest::images::{load_checkpoint, load_images};
+use crate::manifest::images::{load_checkpoint, load_image};
 use crate::manifest::{self, Manifest};
 use crate::map::{BaseImage, GroupExtent, Maps};
 use crate::store::Store;
@@ -68,8 +68,8 @@ pub(super) async fn newest(store: &dyn Store, name: &str) -> Result<Option<Manif
 /// # Errors
 /// `Corrupt` when it is damaged and a chunk is, too; the store's; `Unsupported` when a newer program wrote something.
 pub(super) async fn map_of(store: &dyn Store, manifest: Manifest, named: &[Named]) -> Result<Kept> {
-    match load_images(store, &manifest).await {
-        Ok(images) => Ok(Kept { manifest, map: images.current, of_chunks: false }),
+    match load_image(store, &manifest).await {
+        Ok(map) => Ok(Kept { manifest, map, of_chunks: false }),
         Err(e) if e.kind() == ErrorKind::Corrupt => by_birth(store, manifest, named).await,
         Err(e) => Err(e),
     }
@@ -81,7 +81,7 @@ pub(super) async fn map_of(store: &dyn Store, manifest: Manifest, named: &[Named
 /// Those of reading that map.
 pub(super) async fn beginning(store: &dyn Store, m: &Manifest) -> Result<BaseImage> {
     match m.parent() {
-        Some(parent) => Ok(load_checkpoint(store, m, parent.checkpoint.as_ref()).await?.current),
+        Some(parent) => load_checkpoint(store, m, parent.checkpoint.as_ref()).await,
         None => Ok(BaseImage::empty(m.size_bytes / BLOCK as u64)),
     }
 }
